@@ -1,0 +1,217 @@
+"""nn.Module -> Graph through torch.export on fake weights (DESIGN: primary route).
+
+No weight is read: parameters are replaced by fake tensors while the forward is traced, and the graph
+refers to them by name. What the traced function computes is then compared with the module run eagerly.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_flatten
+
+from awqc.errors import CaptureError
+from awqc.graph import Graph
+from awqc.source import ModelSource, aliases, named_tensors, swapped_tensors
+from awqc.weights import Weights
+
+#: Forward arguments that would make the graph stateful or its output a tuple.
+_SETTINGS = {"use_cache": False}
+
+
+@dataclass
+class CaptureReport:
+    """How a graph was obtained.
+
+    Args:
+        rung: which way of capturing succeeded.
+        checks: (input, largest relative error of any output against eager) for each comparison made.
+        notes: rungs that failed before, with the reason.
+    """
+
+    rung: str
+    checks: list[tuple[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def capture(
+    source: ModelSource,
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Graph:
+    """Trace ``source.module(**inputs)`` into a :class:`Graph`.
+
+    Args:
+        source: the model; its weights are not read.
+        inputs: example inputs by argument name; their shapes become the graph's.
+        dtype: floating-point dtype the graph computes in; None keeps that of the parameters.
+        device: device the graph is traced for.
+
+    Raises:
+        CaptureError: if the forward cannot be traced; the cause is chained.
+    """
+    module = source.module
+    names = {id(t): n for n, t in named_tensors(module)}
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    by_fake: dict[int, str] = {}
+
+    def as_fake(tensor: Tensor) -> Tensor:
+        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if isinstance(tensor, nn.Parameter):
+            with fake:
+                new: Tensor = nn.Parameter(torch.empty(tensor.shape, dtype=kind, device=device), requires_grad=False)
+        else:
+            with fake:
+                new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        by_fake[id(new)] = names[id(tensor)]
+        return new
+
+    tied = aliases(module)
+    kwargs = {**_accepted_settings(module), **inputs}
+    with fake:
+        fake_kwargs = {
+            k: torch.empty(v.shape, dtype=v.dtype, device=device) if isinstance(v, Tensor) else v
+            for k, v in kwargs.items()
+        }
+    with evaluation_mode(module), swapped_tensors(module, as_fake), torch.no_grad():
+        try:
+            program = torch.export.export(module, (), fake_kwargs, strict=False)
+        except Exception as error:  # noqa: BLE001 - torch.export raises whatever the traced code raises
+            raise CaptureError(
+                f"{type(module).__name__} could not be traced by torch.export: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            ) from error
+    weights = _weights(source, dtype, device, tied)
+    graph = _named_graph(program, weights, set(inputs), tied)
+    graph.facts[CaptureReport] = CaptureReport("torch.export")
+    return graph
+
+
+def _weights(
+    source: ModelSource, dtype: torch.dtype | None, device: torch.device | str, tied: dict[str, str]
+) -> Weights:
+    return Weights(source.names(), source.read, dtype, device, tied)
+
+
+def _named_graph(
+    program: torch.export.ExportedProgram, weights: Weights, inputs: set[str], tied: dict[str, str]
+) -> Graph:
+    """The exported graph with parameters as ``get_attr`` nodes under their names in the model."""
+    signature = program.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = dict(signature.inputs_to_lifted_tensor_constants)
+    nodes, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    by_name: dict[str, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            name = targets.get(node.name) or constants.get(node.name)
+            if name is None:
+                if isinstance(node.meta.get("val"), Tensor):
+                    env[node] = nodes.placeholder(node.name)
+                    env[node].meta = {"val": node.meta["val"]}
+                continue
+            name = tied.get(name, name)
+            if node.name in constants and name not in weights.names:
+                _add_constant(weights, name, program.constants[name])
+            if not node.users:
+                continue
+            if name not in by_name:
+                by_name[name] = nodes.create_node("get_attr", name, name=name.replace(".", "_"))
+                by_name[name].meta = {"val": node.meta["val"]}
+            env[node] = by_name[name]
+        elif node.op == "output":
+            outputs = [n for n in tree_flatten(node.args)[0] if isinstance(n, fx.Node)]
+            nodes.output(tuple(env[n] for n in outputs))
+        else:
+            env[node] = nodes.node_copy(node, lambda n: env[n])
+            env[node].meta = {"val": node.meta.get("val")}
+    graph = Graph(nodes, weights, [str(n) for n in signature.user_outputs])
+    graph.fx.eliminate_dead_code()
+    return graph
+
+
+def _add_constant(weights: Weights, name: str, value: Any) -> None:
+    if isinstance(value, FakeTensor) or not isinstance(value, Tensor):
+        raise CaptureError(f"the model holds {name!r}, a constant that depends on traced values: register it as a buffer")
+    weights.names.append(name)
+    weights[name] = value
+
+
+def _accepted_settings(module: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(module.forward).parameters
+    return {k: v for k, v in _SETTINGS.items() if k in parameters}
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Dropout and the like off within the block; every submodule's mode is restored after."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """Norm of the difference over the norm of ``expected``, in float64; 0 for equal non-tensors."""
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return 0.0 if found is expected or found == expected else float("inf")
+    a, b = found.double(), expected.double()
+    if a.shape != b.shape:
+        return float("inf")
+    error = (a - b).norm() / b.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    return float("inf") if bool(error.isnan()) else float(error)
+
+
+def eager_outputs(module: nn.Module, inputs: Mapping[str, Tensor], weights: Weights) -> list[Any]:
+    """Run ``module`` eagerly on the values of ``weights``; its outputs, flattened like the graph's."""
+    names = {id(t): n for n, t in named_tensors(module)}
+
+    def real(tensor: Tensor) -> Tensor:
+        value = weights[names[id(tensor)]]
+        return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+
+    with evaluation_mode(module), swapped_tensors(module, real), torch.no_grad():
+        result = module(**_accepted_settings(module), **inputs)
+    return [item for item in tree_flatten(result)[0] if isinstance(item, Tensor)]
+
+
+def check_against_eager(
+    graph: Graph, module: nn.Module, inputs: Mapping[str, Mapping[str, Tensor]]
+) -> list[tuple[str, float]]:
+    """Compare graph and module on every named input.
+
+    Returns:
+        (name, relative error) for each; also appended to the graph's :class:`CaptureReport`.
+
+    Raises:
+        CaptureError: if an output differs by more than rounding: ``64 * sqrt(nodes) * eps`` relative.
+    """
+    checks = []
+    for name, batch in inputs.items():
+        expected = eager_outputs(module, batch, graph.weights)
+        found = graph.run(batch)
+        if len(found) != len(expected):
+            raise CaptureError(f"the graph has {len(found)} outputs, the module {len(expected)}, on {name}")
+        error = max((relative_error(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
+        dtype = graph.weights.dtype or expected[0].dtype
+        bound = 64 * len(graph.nodes) ** 0.5 * torch.finfo(dtype).eps
+        if not error <= bound:
+            raise CaptureError(
+                f"the captured graph differs from eager execution on {name}: relative error {error:.1e}, "
+                f"rounding explains {bound:.1e}; the forward depends on values that tracing froze"
+            )
+        checks.append((name, error))
+    if CaptureReport in graph.facts:
+        graph.facts[CaptureReport].checks.extend(checks)
+    return checks

@@ -1,0 +1,207 @@
+"""The graph: ATen ops over named parameters, the facts that passes have established, and execution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from awqc.errors import VerifyError
+from awqc.weights import Weights
+
+Env = dict[fx.Node, Any]
+F = TypeVar("F")
+
+
+class Facts:
+    """What passes know about a graph, one value per type (``facts[ScaleGroups]``)."""
+
+    def __init__(self) -> None:
+        self._facts: dict[type, Any] = {}
+
+    def __getitem__(self, kind: type[F]) -> F:
+        return self._facts[kind]
+
+    def __setitem__(self, kind: type[F], value: F) -> None:
+        self._facts[kind] = value
+
+    def __contains__(self, kind: type) -> bool:
+        return kind in self._facts
+
+    def get(self, kind: type[F]) -> F | None:
+        return self._facts.get(kind)
+
+    def drop(self, kind: type) -> None:
+        self._facts.pop(kind, None)
+
+    def kinds(self) -> set[type]:
+        return set(self._facts)
+
+
+class Graph:
+    """A model's forward as a torch.fx graph of ATen ops.
+
+    Parameters and buffers are ``get_attr`` nodes whose target is the parameter's name in the model, one
+    node per storage; user inputs are placeholders. Every node carries ``meta["val"]``, a fake tensor with
+    its shape and dtype.
+
+    Args:
+        nodes: the fx graph.
+        weights: what the names stand for.
+        outputs: names of the model's outputs in the order of the output node.
+    """
+
+    def __init__(self, nodes: fx.Graph, weights: Weights, outputs: Iterable[str] = ()) -> None:
+        self.fx = nodes
+        self.weights = weights
+        self.outputs = list(outputs)
+        self.facts = Facts()
+        self.version = 0
+
+    # -- looking ---------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.fx.nodes)
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The placeholders, one per user input."""
+        return [n for n in self.fx.nodes if n.op == "placeholder"]
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.fx.nodes)))
+
+    def parameters(self) -> dict[str, fx.Node]:
+        """``get_attr`` nodes by parameter name."""
+        return {str(n.target): n for n in self.fx.nodes if n.op == "get_attr"}
+
+    def order(self) -> dict[fx.Node, int]:
+        """Position of every node in execution order."""
+        return {n: i for i, n in enumerate(self.fx.nodes)}
+
+    def text(self) -> str:
+        """The graph as stable text: one line a node with name, op, operands, shape and dtype."""
+        from awqc.text import graph_text
+
+        return graph_text(self)
+
+    # -- changing --------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Record that nodes were added, removed or rewired."""
+        self.version += 1
+
+    def verify(self) -> None:
+        """Check the invariants that every pass must leave intact.
+
+        Raises:
+            VerifyError: naming the node and the invariant.
+        """
+        try:
+            self.fx.lint()
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise VerifyError(f"the graph is malformed: {error}") from error
+        seen: dict[str, fx.Node] = {}
+        known = set(self.weights.names)
+        for node in self.fx.nodes:
+            if node.op == "get_attr":
+                name = str(node.target)
+                if name in seen:
+                    raise VerifyError(f"parameter {name!r} appears as two nodes, {seen[name]} and {node}")
+                if name not in known:
+                    raise VerifyError(f"node {node} refers to {name!r}, which no weight is known for")
+                seen[name] = node
+            if node.op in ("get_attr", "call_function", "placeholder") and "val" not in node.meta:
+                raise VerifyError(f"node {node} carries no shape: set meta['val'] where it is created")
+
+    # -- running ---------------------------------------------------------------------------------------
+
+    def run(self, inputs: Mapping[str, Tensor], weights: Weights | None = None) -> list[Any]:
+        """Execute the whole graph on ``inputs`` by placeholder name; the outputs, flattened."""
+        env: Env = {n: inputs[str(n.target)] for n in self.inputs}
+        wanted = [n for n in self.output.all_input_nodes]
+        execute(self.nodes, env, weights or self.weights, keep=wanted)
+        return [env[n] for n in wanted]
+
+    def retyped(self, dtype: torch.dtype) -> Graph:
+        """The same graph with every floating-point dtype argument replaced by ``dtype``, on scratch
+        weights: how a float32 graph is checked in float64."""
+        nodes = fx.Graph()
+        value_map: dict[fx.Node, fx.Node] = {}
+        result = nodes.graph_copy(self.fx, value_map)
+        nodes.output(result)
+        for node in nodes.nodes:
+            node.args = _retype(node.args, dtype)
+            node.kwargs = _retype(node.kwargs, dtype)
+        return Graph(nodes, self.weights.like(dtype), self.outputs)
+
+
+def execute(
+    nodes: Iterable[fx.Node],
+    env: Env,
+    weights: Weights,
+    keep: Iterable[fx.Node] | None = None,
+    tap: Callable[[fx.Node, Any], None] | None = None,
+) -> None:
+    """Run ``nodes`` in order, reading and writing values in ``env``.
+
+    Args:
+        nodes: a slice of a graph in execution order.
+        env: values of the nodes computed before; updated in place.
+        weights: values of ``get_attr`` nodes.
+        keep: nodes whose values must remain; all others of ``nodes`` are freed after their last use
+            within the slice. None keeps everything.
+        tap: called with every node and its value right after it is computed.
+    """
+    nodes = [n for n in nodes if n.op == "call_function"]
+    last: dict[fx.Node, fx.Node] = {}
+    if keep is not None:
+        kept = set(keep)
+        for node in nodes:
+            for operand in node.all_input_nodes:
+                if operand not in kept:
+                    last[operand] = node
+        free: dict[fx.Node, list[fx.Node]] = {}
+        for operand, node in last.items():
+            free.setdefault(node, []).append(operand)
+
+    def value(operand: fx.Node) -> Any:
+        return weights[str(operand.target)] if operand.op == "get_attr" else env[operand]
+
+    with torch.no_grad():
+        for node in nodes:
+            args = map_arg(node.args, value)
+            kwargs = map_arg(node.kwargs, value)
+            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if tap is not None:
+                tap(node, env[node])
+            if keep is not None:
+                for operand in free.get(node, ()):
+                    env.pop(operand, None)
+                if node not in last and node not in kept:
+                    env.pop(node, None)
+
+
+def live_after(graph: Graph, position: int, outputs: Iterable[fx.Node] = ()) -> list[fx.Node]:
+    """Nodes computed before ``position`` (an index into ``graph.nodes``) that are used at or after it."""
+    order = graph.order()
+    wanted = set(outputs)
+    return [
+        n
+        for n, i in order.items()
+        if i < position
+        and n.op in ("call_function", "placeholder")
+        and (n in wanted or any(order[u] >= position for u in n.users))
+    ]
+
+
+def _retype(value: Any, dtype: torch.dtype) -> Any:
+    def one(item: Any) -> Any:
+        return dtype if isinstance(item, torch.dtype) and item.is_floating_point else item
+
+    return fx.node.map_aggregate(value, one)

@@ -1,0 +1,161 @@
+"""Scale groups: which linears share an input scale, who absorbs it, and why the others have none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from awqc.flow import Flow, Refusal, Scaled, op_name, seeds
+from awqc.graph import Graph
+from awqc.sites import Part, Sites, divisor, find_sites, fold
+from awqc.views import Linear, linear, linears
+from awqc.weights import Weights
+
+
+@dataclass(frozen=True)
+class ScaleGroup:
+    """A scale vector that can be folded without changing the model's function.
+
+    Args:
+        name: the name of the parameter the flow started from.
+        channels: length of the scale vector; channels that were refused stay at scale 1.
+        alive: ``(channels,)`` bool, which channels may differ from 1.
+        producers: parts with positive degree: divided.
+        consumers: parts with negative degree: multiplied. All readers, quantized or not.
+        linears: parameter names of the linears among the consumers.
+        values: abstract value of every tensor in between, by node.
+        refused: what stopped the channels that are not alive.
+    """
+
+    name: str
+    channels: int
+    alive: Tensor
+    producers: tuple[Part, ...]
+    consumers: tuple[Part, ...]
+    linears: tuple[str, ...]
+    values: Mapping[fx.Node, Scaled] = field(repr=False)
+    refused: tuple[Refusal, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.producers + self.consumers
+
+    def at_input(self, node: fx.Node) -> tuple[Tensor, float]:
+        """Channel ids ``(K,)`` and degree of the activation ``node`` (..., K), refused ones -1."""
+        value = self.values[node]
+        ids = value.ids[(0,) * (value.ids.ndim - 1)]
+        padded = torch.cat([self.alive, torch.zeros(1, dtype=torch.bool)])
+        return torch.where(padded[ids], ids, -1).long(), value.degree
+
+    def scale_of(self, node: fx.Node, scales: Tensor) -> Tensor | None:
+        """What divides the tensor of ``node`` when the group is folded with ``scales``; None if nothing."""
+        value = self.values.get(node)
+        if value is None:
+            return None
+        core = value.core().long()
+        padded = torch.cat([torch.where(self.alive.to(scales.device), scales, 1.0), scales.new_ones(1)])
+        return padded[core.to(scales.device)] ** value.degree
+
+    def fold(self, scales: Tensor, weights: Weights) -> None:
+        """Fold ``scales`` ``(channels,)`` into every parameter of the group."""
+        for part in self.parts:
+            fold(part, scales, weights)
+
+
+@dataclass
+class ScaleGroups:
+    """All groups of a graph.
+
+    Args:
+        groups: at most one for each linear.
+        refusals: parameter name of every other linear -> why no scale reaches it.
+    """
+
+    groups: list[ScaleGroup]
+    refusals: dict[str, str]
+
+    def __iter__(self) -> Iterator[ScaleGroup]:
+        return iter(self.groups)
+
+    def of(self, parameter: str) -> ScaleGroup | None:
+        """The group whose scale the linear with this weight undoes."""
+        return next((g for g in self.groups if parameter in g.linears), None)
+
+
+def find_groups(graph: Graph) -> ScaleGroups:
+    """Follow every site of the graph; keep the flows that end in linears.
+
+    Where several flows reach one linear, the one that reaches most linears wins, then the first in the
+    order of the graph.
+    """
+    sites = graph.facts.get(Sites)
+    if sites is None:
+        sites = find_sites(graph)
+    order = graph.order()
+    by_name = {view.parameter: view for view in linears(graph)}
+    found: list[ScaleGroup] = []
+    stopped: dict[fx.Node, Refusal] = {}
+    for node in graph.nodes:
+        site = sites.of(node)
+        if site is None or not node.meta["val"].is_floating_point():
+            continue
+        for seed in seeds(site):
+            flow = Flow(graph, sites, order).run(site, seed)
+            group = _group(flow, site.parameter, by_name)
+            if group is not None:
+                found.append(group)
+            if flow.refusals:
+                for reached in flow.reached:
+                    stopped.setdefault(reached, flow.refusals[-1])
+    chosen = _choose(found, order)
+    taken = {name for group in chosen for name in group.linears}
+    refusals = {
+        name: _why_not(view, stopped, sites) for name, view in by_name.items() if name not in taken
+    }
+    return ScaleGroups(chosen, refusals)
+
+
+def _group(flow: Flow, name: str, by_name: Mapping[str, Linear]) -> ScaleGroup | None:
+    parts = flow.parts()
+    consumers = tuple(p for p in parts if p.degree < 0)
+    names = tuple(p.parameter for p in consumers if p.parameter in by_name)
+    if not names:
+        return None
+    values = {n: v for n, v in flow.values.items() if isinstance(v, Scaled)}
+    producers = tuple(p for p in parts if p.degree > 0)
+    return ScaleGroup(name, flow.channels, flow.alive, producers, consumers, names, values, tuple(flow.refusals))
+
+
+def _choose(found: list[ScaleGroup], order: Mapping[fx.Node, int]) -> list[ScaleGroup]:
+    chosen: list[ScaleGroup] = []
+    taken: set[str] = set()
+    for group in sorted(found, key=lambda g: -len(g.linears)):
+        if taken.isdisjoint(group.linears):
+            chosen.append(group)
+            taken.update(group.linears)
+    first = {id(g): min(order[p.site.node.users.copy().popitem()[0]] for p in g.consumers) for g in chosen}
+    return sorted(chosen, key=lambda g: first[id(g)])
+
+
+def _why_not(view: Linear, stopped: Mapping[fx.Node, Refusal], sites: Sites) -> str:
+    """The op that stands between a linear and the nearest parameter that could absorb its scale."""
+    if view.node in stopped:
+        return str(stopped[view.node])
+    source = view.input
+    if source in stopped:
+        return str(stopped[source])
+    if source.op == "placeholder":
+        return f"its input {source} is an input of the model: nothing before it can absorb a scale"
+    return f"{op_name(source)} ({source.name}): no parameter scales its result"
+
+
+def random_scales(group: ScaleGroup, generator: torch.Generator) -> Tensor:
+    """Scales log-uniform in [1/4, 4], float64; refused channels 1."""
+    scales = torch.exp2(torch.rand(group.channels, generator=generator, dtype=torch.float64) * 4 - 2)
+    return torch.where(group.alive, scales, 1.0)
+
+
+__all__ = ["ScaleGroup", "ScaleGroups", "divisor", "find_groups", "linear", "random_scales"]

@@ -1,0 +1,1 @@
+"""Passes and the pipeline that proves their order, runs them and checks what they promise."""

@@ -1,0 +1,80 @@
+"""Scale rules for ATen ops, one family a file: what dividing an operand does to the result.
+
+A rule is a function of :class:`awqc.flow.Op` that returns the abstract value of the node, registered with
+the ops it covers and samples that prove it:
+
+    @rule(aten.relu.default, samples=[Sample(torch.randn(3, 4), scale={0: ids})])
+    def relu(op: Op) -> Value:
+        return op.value(op.arg(0))
+
+Every sample is executed by the test suite: operands are divided as the flow says, the op is run, and the
+result is compared with the rule's claim.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from awqc.flow import Rule
+
+_RULES: dict[Any, Rule] = {}
+_SAMPLES: dict[Any, list[Sample]] = {}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A concrete call that a rule must be right about.
+
+    Args:
+        args: positional arguments; tensors become operands of the traced call.
+        kwargs: keyword arguments.
+        scale: position of the tensor among the tensors in ``args`` -> ids of its shape (broadcastable).
+        parameters: positions of tensors that are parameters, and so may join the flow.
+        alive: how many channels must survive; None when all must.
+    """
+
+    args: tuple[Any, ...]
+    scale: dict[int, Tensor]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    parameters: tuple[int, ...] = ()
+    alive: int | None = None
+
+
+def rule(*ops: Any, samples: Sequence[Sample]) -> Callable[[Rule], Rule]:
+    """Register a rule for ``ops``; ``samples`` are run by the tests against every op of the rule.
+
+    Raises:
+        ValueError: if there is no sample, or an op has a rule already.
+    """
+    if not samples:
+        raise ValueError("a rule needs at least one sample that proves it")
+
+    def add(function: Rule) -> Rule:
+        for op in ops:
+            if op in _RULES:
+                raise ValueError(f"{op} has a rule already: {_RULES[op].__module__}.{_RULES[op].__name__}")
+            _RULES[op] = function
+            _SAMPLES[op] = list(samples)
+        return function
+
+    return add
+
+
+def rule_for(node: fx.Node) -> Rule | None:
+    """The rule for a node's op, or None."""
+    return _RULES.get(node.target)
+
+
+def samples() -> dict[Any, list[Sample]]:
+    """All samples by op."""
+    return dict(_SAMPLES)
+
+
+for _module in pkgutil.iter_modules(__path__, __name__ + "."):
+    importlib.import_module(_module.name)

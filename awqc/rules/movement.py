@@ -1,0 +1,133 @@
+"""Movement: ops that only place elements. No algebra is needed: the op itself is run on the ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from awqc.flow import Op, Scaled, Value
+from awqc.rules import Sample, rule
+
+aten = torch.ops.aten
+
+_ONE_TENSOR = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.narrow.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.repeat.default,
+    aten.repeat_interleave.self_int,
+    aten.flip.default,
+    aten.roll.default,
+    aten.movedim.int,
+)
+_KEEP_VALUES = (
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+)
+_SEVERAL = (
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.split.sizes,
+    aten.chunk.default,
+    aten.unbind.int,
+)
+
+
+def is_movement(node: fx.Node) -> bool:
+    """Whether ``node`` only places the elements of its first operand."""
+    return node.target in _ONE_TENSOR or node.target in _KEEP_VALUES
+
+
+def _ids(*size: int) -> Tensor:
+    return torch.arange(torch.Size(size).numel(), dtype=torch.int32).reshape(size)
+
+
+_X = torch.randn(2, 3, 8, dtype=torch.float64)
+_LAST = {0: torch.arange(8, dtype=torch.int32)}
+
+_CALLS: dict[Any, tuple[Any, ...]] = {
+    aten.view.default: ([6, 2, 4],),
+    aten.reshape.default: ([2, 24],),
+    aten._unsafe_view.default: ([6, 8],),
+    aten.permute.default: ([2, 0, 1],),
+    aten.transpose.int: (1, 2),
+    aten.unsqueeze.default: (1,),
+    aten.squeeze.dim: (0,),
+    aten.squeeze.dims: ([0],),
+    aten.expand.default: ([5, 2, 3, 8],),
+    aten.slice.Tensor: (2, 2, 6),
+    aten.select.int: (1, 1),
+    aten.narrow.default: (2, 1, 4),
+    aten.flatten.using_ints: (1, 2),
+    aten.unflatten.int: (2, [4, 2]),
+    aten.repeat.default: ([1, 2, 2],),
+    aten.repeat_interleave.self_int: (2, 2),
+    aten.flip.default: ([2],),
+    aten.roll.default: ([3], [2]),
+    aten.movedim.int: (0, 2),
+}
+
+
+def _one_tensor(op: Op) -> Value:
+    value = op.value(op.args[0])
+    if value is None:
+        return None
+    return Scaled(op.node.target(value.ids, *op.args[1:], **op.node.kwargs), value.degree)  # type: ignore[operator]
+
+
+for _op in _ONE_TENSOR:
+    _x = _X[0] if _op is aten.t.default else _X
+    rule(_op, samples=[Sample((_x, *_CALLS.get(_op, ())), scale=_LAST)])(_one_tensor)
+
+
+@rule(*_KEEP_VALUES, samples=[Sample((_X,), scale=_LAST), Sample((_X,), scale={0: _ids(2, 1, 8)})])
+def keep_values(op: Op) -> Value:
+    """Copies and aliases: every element keeps its id."""
+    return op.value(op.args[0])
+
+
+@rule(aten.split.Tensor, aten.chunk.default, samples=[Sample((_X, 4, 2), scale=_LAST)])
+@rule(aten.split_with_sizes.default, aten.split.sizes, samples=[Sample((_X, [3, 5], 2), scale=_LAST)])
+@rule(aten.unbind.int, samples=[Sample((_X, 1), scale={0: _ids(1, 3, 8)})])
+def several(op: Op) -> Value:
+    """Splits: the op is run on the ids, each piece keeps its own."""
+    value = op.value(op.args[0])
+    if value is None:
+        return None
+    pieces = op.node.target(value.ids, *op.args[1:], **op.node.kwargs)  # type: ignore[operator]
+    return [Scaled(piece, value.degree) for piece in pieces]
+
+
+@rule(aten.cat.default, samples=[Sample(([_X, _X], 2), scale={0: _ids(1, 1, 8)})])
+@rule(aten.stack.default, samples=[Sample(([_X, _X], 1), scale={1: _ids(1, 1, 8)})])
+def join_tensors(op: Op) -> Value:
+    """Concatenation: unscaled pieces carry -1; pieces of different degree cannot share a result."""
+    pieces = [(node, op.value(node)) for node in op.args[0]]
+    degrees = {value.degree for _, value in pieces if value is not None}
+    if len(degrees) != 1:
+        for _, value in pieces:
+            op.poison(value, "tensors scaled to different powers are concatenated")
+        return None
+    ids = [
+        value.ids if value is not None else torch.full((1,), -1, dtype=torch.int32).expand(node.meta["val"].shape)
+        for node, value in pieces
+    ]
+    return Scaled(op.node.target(ids, *op.args[1:], **op.node.kwargs), degrees.pop())  # type: ignore[operator]

@@ -1,0 +1,55 @@
+"""Sums and lookups: what is added together must carry one scale."""
+
+from __future__ import annotations
+
+import torch
+
+from awqc.flow import Op, Scaled, Value
+from awqc.rules import Sample, rule
+
+aten = torch.ops.aten
+
+_X = torch.randn(2, 3, 8, dtype=torch.float64)
+_IDS = torch.arange(8, dtype=torch.int32)
+
+
+@rule(
+    aten.sum.dim_IntList,
+    aten.mean.dim,
+    samples=[
+        Sample((_X, [1]), scale={0: _IDS}),
+        Sample((_X, [1], True), scale={0: _IDS}),
+        Sample((_X, [-1]), scale={0: _IDS}, alive=0),
+    ],
+)
+def reduce(op: Op) -> Value:
+    """A sum over dimensions along which the ids do not change keeps them."""
+    value = op.value(op.args[0])
+    if value is None:
+        return None
+    ndim, ids = value.ids.ndim, value.ids
+    dims = sorted({d % ndim for d in (op.arg(1, "dim") or range(ndim))}, reverse=True)
+    for dim in dims:
+        if not value.constant_along(dim):
+            op.poison(value, "sums over channels that carry different scales")
+            return None
+        ids = ids.narrow(dim, 0, 1) if op.arg(2, "keepdim", False) else ids.select(dim, 0)
+    return Scaled(ids, value.degree)
+
+
+@rule(
+    aten.embedding.default,
+    samples=[
+        Sample((torch.randn(5, 8, dtype=torch.float64), torch.tensor([[0, 3, 3]])), scale={0: _IDS}, parameters=(0,)),
+        Sample((torch.randn(5, 8, dtype=torch.float64), torch.tensor([[0, 3, 3]])), scale={0: torch.arange(5, dtype=torch.int32)[:, None]}, parameters=(0,), alive=0),
+    ],
+)
+def embedding(op: Op) -> Value:
+    """A lookup of rows keeps the scales of the columns."""
+    table = op.value(op.args[0])
+    if table is None:
+        return None
+    if not table.constant_along(0):
+        op.poison(table, "rows that are looked up carry different scales")
+        return None
+    return Scaled(table.ids[0].expand(op.shape), table.degree)

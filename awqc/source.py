@@ -1,0 +1,244 @@
+"""Where a model comes from: a module in memory, or a Hugging Face directory read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awqc.errors import CheckpointError, ConfigError
+
+#: config fields that bound the sequence length, in order of preference
+_LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+
+
+@dataclass
+class ModelSource:
+    """A model whose weights may still be on disk.
+
+    Args:
+        module: the user's module, or a skeleton with its parameters on ``meta``.
+        read: the source tensor of a parameter or buffer name.
+        path: the directory it came from, if any.
+        stored_as: parameter name -> name in the checkpoint files.
+        notes: what a reader of the report must know about how the model was read.
+    """
+
+    module: nn.Module
+    read: Callable[[str], Tensor]
+    path: Path | None = None
+    stored_as: Mapping[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> Any:
+        """The module's Hugging Face config, or None."""
+        return getattr(self.module, "config", None)
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence the model accepts in tokens, where its config says."""
+        for name in _LENGTH_FIELDS:
+            value = getattr(self.config, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Number of token ids the model knows, where its config says."""
+        value = getattr(self.config, "vocab_size", None)
+        return value if isinstance(value, int) else None
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that lies beside the model.
+
+        Raises:
+            ConfigError: if there is none or it cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        if self.path is None:
+            raise ConfigError("a model in memory carries no tokenizer: pass tokenizer=... or token ids as calib")
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"{self.path} holds no tokenizer that transformers can load ({error}): "
+                "pass tokenizer=... or token ids as calib"
+            ) from error
+
+    def names(self) -> list[str]:
+        """Names of all parameters and buffers, one per storage."""
+        return [name for name, _ in named_tensors(self.module)]
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers (non-persistent ones too), each storage under its first name only."""
+    seen: set[int] = set()
+    for group in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+        for name, tensor in group:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor
+
+
+def aliases(module: nn.Module) -> dict[str, str]:
+    """Every other name of a tied tensor -> its first name."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for group in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+        for name, tensor in group:
+            canonical = first.setdefault(id(tensor), name)
+            if canonical != name:
+                tied[name] = canonical
+    return tied
+
+
+def open_source(model: nn.Module | str | Path, dtype: torch.dtype | None = None) -> ModelSource:
+    """A source for a module, or for a directory with ``config.json`` and safetensors.
+
+    Raises:
+        CheckpointError: if the directory is missing, damaged or disagrees with its config.
+    """
+    if isinstance(model, nn.Module):
+        return from_module(model)
+    return from_directory(Path(model))
+
+
+def from_module(module: nn.Module) -> ModelSource:
+    """A module in memory; its own tensors are read, never changed."""
+    tensors = dict(named_tensors(module))
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
+        if tensor.is_meta:
+            raise ConfigError(
+                f"parameter {name!r} is on the meta device and has no values: awqc.analyze accepts such a "
+                "model, awqc.compile needs one with weights or a checkpoint directory"
+            )
+        return tensor.detach()
+
+    path = getattr(getattr(module, "config", None), "_name_or_path", "") or ""
+    return ModelSource(module, read, Path(path) if path and Path(path).is_dir() else None)
+
+
+def skeleton(path: Path) -> nn.Module:
+    """The module that ``path/config.json`` describes: parameters on ``meta``, buffers real."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} has no config that transformers can read ({error}): give a directory written by "
+            "save_pretrained, with config.json and *.safetensors"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        method = config.quantization_config.get("quant_method", "unknown")
+        raise CheckpointError(
+            f"{path} is already quantized (quant_method {method!r}): awqc compiles float checkpoints; "
+            "use awqc.load to run this one"
+        )
+    architecture = next(iter(config.architectures or ()), None)
+    cls = getattr(transformers, architecture or "", None) or transformers.AutoModelForCausalLM
+    # Buffers are small and not all of them are stored in the files, so they are computed for real.
+    with init_empty_weights(include_buffers=False):
+        build = getattr(cls, "_from_config", None) or cls.from_config
+        module = build(config, dtype=torch.float32)
+    if hasattr(module, "tie_weights"):
+        module.tie_weights()
+    return module.eval()
+
+
+def from_directory(path: Path) -> ModelSource:
+    """A checkpoint directory; each tensor is read from its file when it is needed."""
+    from awqc.checkpoints.tensors import TensorFiles
+
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory: give a local Hugging Face model directory, or a module in memory"
+        )
+    module = skeleton(path)
+    files = TensorFiles(path)
+    tensors = dict(named_tensors(module))
+    tied = aliases(module)
+    stored = match_names(
+        [n for n, t in tensors.items() if t.is_meta], list(files), getattr(module, "base_model_prefix", ""), tied
+    )
+    missing = [n for n, t in tensors.items() if t.is_meta and n not in stored]
+    if missing:
+        return _through_transformers(path, module, missing)
+    for name, on_disk in stored.items():
+        if tuple(files.shape(on_disk)) != tuple(tensors[name].shape):
+            raise CheckpointError(
+                f"{path}: tensor {on_disk!r} has shape {tuple(files.shape(on_disk))}, but config.json "
+                f"describes {tuple(tensors[name].shape)}: config and weights belong to different models"
+            )
+
+    def read(name: str) -> Tensor:
+        return files.get(stored[name]) if name in stored else tensors[name]
+
+    return ModelSource(module, read, path, stored)
+
+
+def match_names(
+    wanted: list[str], on_disk: list[str], prefix: str, tied: Mapping[str, str]
+) -> dict[str, str]:
+    """Parameter name -> stored name: equal, or with the base model's prefix left out or put in front, or
+    stored under another name of a tied tensor."""
+    there = set(on_disk)
+    names: dict[str, list[str]] = {name: [name] for name in wanted}
+    for other, first in tied.items():
+        if first in names:
+            names[first].append(other)
+    found = {}
+    for name, spellings in names.items():
+        for spelling in spellings:
+            variants = [spelling, f"{prefix}.{spelling}", spelling.removeprefix(f"{prefix}.")]
+            match = next((v for v in variants if v in there), None)
+            if match is not None:
+                found[name] = match
+                break
+    return found
+
+
+def _through_transformers(path: Path, module: nn.Module, missing: list[str]) -> ModelSource:
+    """Checkpoints whose stored names transformers converts while loading: read whole, and said so."""
+    model, info = type(module).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    absent = sorted(set(info["missing_keys"]) - set(aliases(model)))
+    if absent:
+        raise CheckpointError(
+            f"{path} lacks {len(absent)} tensor(s) that its config asks for, such as {absent[0]!r}: "
+            "the checkpoint is incomplete or belongs to another config"
+        )
+    source = from_module(model.eval())
+    note = f"read whole through transformers: {len(missing)} parameters, such as {missing[0]!r}, are stored under other names"
+    return ModelSource(source.module, source.read, path, {}, [note])
+
+
+@contextmanager
+def swapped_tensors(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block every parameter and buffer of ``module`` is ``replace(tensor)``, ties kept."""
+    swapped: dict[int, Tensor] = {}
+    saved: list[tuple[dict[str, Any], str, Tensor]] = []
+    for child in module.modules():
+        for store in (child._parameters, child._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    saved.append((store, name, tensor))
+                    if id(tensor) not in swapped:
+                        swapped[id(tensor)] = replace(tensor)
+    try:
+        for store, name, tensor in saved:
+            store[name] = swapped[id(tensor)]
+        yield
+    finally:
+        for store, name, tensor in saved:
+            store[name] = tensor

@@ -1,0 +1,135 @@
+"""Typed views of nodes: the one place where ``node.args[i]`` is spelled out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from awqc.graph import Graph
+
+aten = torch.ops.aten
+
+#: Ops that only change how a two-dimensional weight is laid out.
+TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
+#: Ops that keep the values of every last-dimension vector and only regroup the leading dimensions.
+REGROUPS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+)
+
+
+def operand(node: fx.Node, index: int, name: str | None = None, default: Any = None) -> Any:
+    """Argument ``index`` of ``node``, also when passed by ``name``; ``default`` when left out."""
+    if index < len(node.args):
+        return node.args[index]
+    return node.kwargs.get(name, default) if name else default
+
+
+def scalar_operand(node: fx.Node, other: fx.Node) -> float | None:
+    """The number in a binary op whose tensor operand is ``other``; None if there is none or ``alpha``
+    scales it."""
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) < 2:
+        return None
+    left, right = node.args[0], node.args[1]
+    number = right if left is other else left
+    return float(number) if isinstance(number, (int, float)) else None
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the tensor that ``node`` computes."""
+    return tuple(node.meta["val"].shape)
+
+
+def dtype(node: fx.Node) -> torch.dtype:
+    """Dtype of the tensor that ``node`` computes."""
+    result: torch.dtype = node.meta["val"].dtype
+    return result
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``y = x @ W.T + b`` in the canonical form ``aten.linear(x, W, b)``.
+
+    Args:
+        node: the call.
+        parameter: name of the weight.
+        transposed: True if the parameter is stored ``(K, N)`` and permuted before the call.
+    """
+
+    node: fx.Node
+    parameter: str
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        """The module name that the field uses: the parameter's name without ``.weight``."""
+        return self.parameter.removesuffix(".weight")
+
+    @property
+    def x(self) -> fx.Node:
+        x = self.node.args[0]
+        assert isinstance(x, fx.Node)
+        return x
+
+    @property
+    def bias(self) -> fx.Node | None:
+        bias = operand(self.node, 2, "bias")
+        return bias if isinstance(bias, fx.Node) else None
+
+    @property
+    def out_features(self) -> int:
+        return shape(self.node)[-1]
+
+    @property
+    def in_features(self) -> int:
+        return shape(self.x)[-1]
+
+    @property
+    def input(self) -> fx.Node:
+        """The tensor whose rows are this linear's inputs, regroupings of rows looked through."""
+        node = self.x
+        while node.target in REGROUPS:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if not shape(source) or shape(source)[-1] != shape(node)[-1]:
+                break
+            node = source
+        return node
+
+    def weight(self, stored: Tensor) -> Tensor:
+        """The ``(N, K)`` weight for the parameter as it is stored."""
+        return stored.t() if self.transposed else stored
+
+
+def linear(node: fx.Node) -> Linear | None:
+    """``node`` as a :class:`Linear` over a parameter, or None."""
+    if node.target is not aten.linear.default:
+        return None
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    transposed = False
+    if weight.target in TRANSPOSES and len(shape(weight)) == 2:
+        source = weight.args[0]
+        assert isinstance(source, fx.Node)
+        weight, transposed = source, True
+    if weight.op != "get_attr" or len(shape(weight)) != 2:
+        return None
+    return Linear(node, str(weight.target), transposed)
+
+
+def linears(graph: Graph) -> Iterator[Linear]:
+    """All linears over a parameter, in execution order."""
+    for node in graph.fx.nodes:
+        if node.op == "call_function":
+            view = linear(node)
+            if view is not None:
+                yield view
