@@ -1,4 +1,4 @@
-"""What a backend is: a statement of its limits, a packing, and an op that runs on the packed tensors.
+"""What a backend is: a statement of its limits, a packing both ways, and an op on the packed tensors.
 
 A backend lives in one file of ``backends/`` and registers itself:
 
@@ -10,6 +10,7 @@ Third parties use the entry point group ``awqc.backends`` (a module that registe
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
@@ -52,12 +53,14 @@ class PackedLinear:
         op: a ``torch.library`` op (an OpOverload), so that graphs can hold it.
         tensors: packed tensors by name, in the op's argument order; None for an absent bias.
         constants: ints, floats or bools that follow the tensors.
+        kept: further tensors by name, which the op does not read but :meth:`Backend.unpack` does.
         notes: what a reader of the report must know (an approximation, a fallback), one line each.
     """
 
     op: Callable[..., Tensor]
     tensors: Mapping[str, Tensor | None]
     constants: tuple[Any, ...] = ()
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
 
@@ -65,6 +68,8 @@ class Backend(ABC):
     """One lowering of ``awqc.qlinear``. Stateless: options are constructor arguments."""
 
     name: ClassVar[str] = ""
+    #: ``backend="auto"`` takes the highest of those that do not refuse; ``reference`` has 0.
+    priority: ClassVar[int] = 0
 
     @abstractmethod
     def refuses(self, shape: LinearShape) -> str | None:
@@ -74,6 +79,11 @@ class Backend(ABC):
     def pack(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
         """Pack ``weight`` ``(N, K)`` and ``bias`` ``(N,)`` for activations of ``dtype``, on the device
         where the codes are. Only called for shapes that :meth:`refuses` accepted."""
+
+    @abstractmethod
+    def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:
+        """The weight and bias that :meth:`pack` was given, bit for bit: a lowered model can be saved, or
+        lowered again, without a copy of its canonical weights."""
 
 
 _REGISTRY: dict[str, type[Backend]] = {}
@@ -99,12 +109,17 @@ def register_backend(name: str) -> Callable[[B], B]:
 
 def backends() -> dict[str, type[Backend]]:
     """All registered backends by name: those of ``awqc.backends`` and of installed entry points."""
+    _import_backends()
+    return dict(sorted(_REGISTRY.items()))
+
+
+@functools.cache
+def _import_backends() -> None:
     package = importlib.import_module("awqc.backends")
     for module in pkgutil.iter_modules(package.__path__, "awqc.backends."):
         importlib.import_module(module.name)
     for entry in entry_points(group="awqc.backends"):
         entry.load()
-    return dict(sorted(_REGISTRY.items()))
 
 
 def get_backend(name: str) -> Backend:

@@ -1,0 +1,108 @@
+"""The module that takes a linear's place in a lowered model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from awqc.errors import ConfigError
+from awqc.lowering import Lowered
+from awqc.quantized import QuantizedWeight
+
+
+class QuantLinear(nn.Module):
+    """``y = x @ W.T + bias`` on a packed weight: ``x`` ``(..., K)`` to ``y`` ``(..., N)`` of its dtype.
+
+    Packed tensors are buffers, so ``state_dict``, ``load_state_dict`` and device moves work. Their dtypes
+    belong to the packing: ``.half()`` and ``.to(dtype)`` leave them alone, and every backend's op takes
+    activations of whatever dtype the model now computes in.
+
+    Args:
+        lowered: from :func:`awqc.lowering.lower_linear`.
+    """
+
+    def __init__(self, lowered: Lowered) -> None:
+        super().__init__()
+        packed = lowered.packed
+        self.backend = lowered.backend
+        self.scheme = lowered.shape.scheme
+        self.in_features = lowered.shape.in_features
+        self.out_features = lowered.shape.out_features
+        for name, tensor in (*packed.tensors.items(), *packed.kept.items()):
+            self.register_buffer(name, tensor)
+        self._shape = lowered.shape
+        self._packed = replace(packed, tensors=dict.fromkeys(packed.tensors), kept={})
+        self._kept = tuple(packed.kept)
+        self._op = packed.op
+        self._names = tuple(packed.tensors)
+        self._constants = packed.constants
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Straight from the dictionary: attribute look-up of a buffer costs more than the op's dispatch.
+        buffers = self._buffers
+        return self._op(x, *[buffers[name] for name in self._names], *self._constants)
+
+    def unpack(self) -> tuple[QuantizedWeight, Tensor | None]:
+        """The canonical weight ``(N, K)`` and the bias that were lowered, bit for bit."""
+        packed = replace(
+            self._packed,
+            tensors={name: self._buffers[name] for name in self._names},
+            kept={name: self.get_buffer(name) for name in self._kept},
+        )
+        return self.backend.unpack(packed, self._shape)
+
+    def extra_repr(self) -> str:
+        bias = self._buffers.get("bias") is not None
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
+            f"{self.scheme}, backend={self.backend.name}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+def replace_linears(model: nn.Module, lowered: Mapping[str, QuantLinear]) -> None:
+    """Put quantized linears where ``model`` has ``nn.Linear``, or modules like it, in place.
+
+    Args:
+        model: what holds the linears; a linear that it holds under several names is replaced under all.
+        lowered: qualified module name -> replacement. A module to be replaced needs a 2-D ``weight``,
+            ``(N, K)`` or, as in GPT-2's ``Conv1D``, ``(K, N)``.
+
+    Raises:
+        ConfigError: if a name has no module or one without such a weight, or if two names of one module
+            have different replacements. The model is then unchanged.
+    """
+    replacements: dict[nn.Module, QuantLinear] = {}
+    for name, linear in lowered.items():
+        old = _linear_like(model, name, linear)
+        if replacements.setdefault(old, linear) is not linear:
+            raise ConfigError(f"{name} is another name of a module that is replaced by a different linear")
+        linear.train(old.training)
+    for parent in list(model.modules()):
+        for attribute, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[attribute] = replacements[child]
+
+
+def _linear_like(model: nn.Module, name: str, linear: QuantLinear) -> nn.Module:
+    """The module called ``name``, if ``linear`` fits in its place."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not name or name not in modules:
+        raise ConfigError(f"{type(model).__name__} holds no module named {name!r}")
+    weight = getattr(modules[name], "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else None
+    n, k = linear.out_features, linear.in_features
+    if shape not in ((n, k), (k, n)):
+        found = "no weight tensor" if shape is None else f"a weight of shape {shape}"
+        raise ConfigError(
+            f"{name} has {found}: a quantized linear of {k} inputs and {n} outputs does not fit there"
+        )
+    return modules[name]

@@ -1,0 +1,32 @@
+"""Backend ``reference``: dequantize and multiply. Runs anywhere; slow; what the others are held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from awqc.backend import Backend, LinearShape, PackedLinear, register_backend
+from awqc.kernels import qlinear  # noqa: F401  defines awqc::qlinear
+from awqc.quantized import QuantizedWeight
+
+
+@register_backend("reference")
+class ReferenceBackend(Backend):
+    """Keeps the canonical tensors, one byte a code, and dequantizes at every call."""
+
+    def refuses(self, shape: LinearShape) -> str | None:
+        if not shape.dtype.is_floating_point:
+            return f"multiplies floating-point activations, not {shape.dtype}"
+        return None
+
+    def pack(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        return PackedLinear(
+            op=torch.ops.awqc.qlinear.default,
+            tensors={"codes": weight.codes, "scales": weight.scales, "zeros": weight.zeros, "bias": bias},
+            constants=(weight.scheme.group(weight.in_features),),
+        )
+
+    def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:
+        tensors = packed.tensors
+        codes, scales, zeros = (tensors[name] for name in ("codes", "scales", "zeros"))
+        return QuantizedWeight(codes, scales, zeros, shape.scheme), tensors["bias"]
