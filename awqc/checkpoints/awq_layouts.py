@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from awqc.checkpoints.packing import unpack_nibbles
+from awqc.checkpoints.packing import reinterpret, unpack_nibbles
 from awqc.errors import CheckpointError
 
 Part = tuple[tuple[int, ...], tuple[torch.dtype, ...]]
 Decoded = tuple[Tensor, Tensor, "Tensor | None"]
 
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # output channel in nibble i of a word of the gemm layout
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -48,8 +49,8 @@ class AwqLayout(ABC):
 
 
 class Gemm(AwqLayout):
-    """Transposed; a word holds eight output channels ``n = 8c + 4h + 2m + p``, the one with digits
-    ``(h, m, p)`` in nibble ``4p + 2h + m``, which is the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    """Transposed; a word holds eight output channels in the order 0, 2, 4, 6, 1, 3, 5, 7: the one with the
+    binary digits ``h m p`` is nibble ``4p + 2h + m``."""
 
     def features(self, rows: int, columns: int) -> tuple[int, int]:
         return 8 * columns, rows
@@ -169,15 +170,18 @@ def padded_words(k: int, group: int) -> int:
 
 def pack_gemm(codes: Tensor) -> Tensor:
     """Codes ``(N, C)`` uint8, N a multiple of 8, as words ``(C, N / 8)`` int32 in :class:`Gemm`'s order."""
-    rows = codes.unflatten(0, (-1, 2, 2, 2))  # c h m p
-    octets = rows[:, :, 0] | rows[:, :, 1] << 4
-    columns: Tensor = octets.permute(3, 0, 2, 1).contiguous().flatten(1)
-    return columns.view(torch.int32)
+    rows = codes.unflatten(0, (-1, 8))
+    words = rows[:, ORDER[0]].to(torch.int32)
+    for nibble in range(1, 8):
+        words |= rows[:, ORDER[nibble]].to(torch.int32) << 4 * nibble
+    # Transposed last, as whole words: moving single codes across the matrix takes four times as long.
+    return words.t().contiguous()
 
 
 def unpack_gemm(words: Tensor) -> Tensor:
     """Inverse of :func:`pack_gemm`: ``(C, N / 8)`` int32 -> ``(N, C)`` uint8."""
-    octets = words.contiguous().view(torch.uint8).unflatten(1, (-1, 2, 2)).permute(1, 3, 2, 0)  # c h p column
+    octets = reinterpret(words.t().contiguous().unsqueeze(-1), torch.uint8)  # channels / 8, column, (p h)
+    octets = octets.unflatten(2, (2, 2)).permute(0, 3, 2, 1)  # channels / 8, h, p, column
     return torch.stack([octets & 15, octets >> 4], dim=2).flatten(0, 3)
 
 

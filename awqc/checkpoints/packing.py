@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 
+def reinterpret(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bytes as elements of ``dtype``, the last dimension longer or shorter by the ratio of sizes."""
+    # Through one dimension, since the strides of dimensions of size 1 are arbitrary and a view minds them.
+    return tensor.contiguous().flatten().view(dtype).view(*tensor.shape[:-1], -1)
+
+
 def pack_nibbles(codes: Tensor) -> Tensor:
     """4-bit codes ``(..., K)`` uint8, K even, as bytes ``(..., K / 2)``: even elements in the low halves."""
     return codes[..., 0::2] | codes[..., 1::2] << 4
@@ -21,19 +27,18 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     Returns:
         ``(..., 2 * bytes)`` uint8.
     """
-    packed = packed.contiguous().view(torch.uint8)
+    packed = reinterpret(packed, torch.uint8)
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Codes ``(..., K)`` uint8 of 4 or 8 bits as words ``(..., K * bits / 32)`` int32, in their order."""
-    packed = pack_nibbles(codes) if bits == 4 else codes
-    return packed.contiguous().view(torch.int32)
+    return reinterpret(pack_nibbles(codes) if bits == 4 else codes, torch.int32)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Inverse of :func:`pack_words`: ``(..., W)`` int32 -> ``(..., W * 32 / bits)`` uint8."""
-    return unpack_nibbles(words) if bits == 4 else words.contiguous().view(torch.uint8)
+    return unpack_nibbles(words) if bits == 4 else reinterpret(words, torch.uint8)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -42,7 +47,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Returns:
         ``(N, ceil(K / 8) * bits)`` uint8; the last codes of a row are padded with zeros.
     """
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).unflatten(-1, (-1, 8))
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
+    if bits == 4:  # the same bytes, ten times as fast
+        return pack_nibbles(padded)
+    padded = padded.unflatten(-1, (-1, 8))
     word = padded[..., 0].to(torch.int64)
     for i in range(1, 8):
         word |= padded[..., i].to(torch.int64) << bits * i
@@ -52,6 +60,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of :func:`pack_bits`: the ``count`` codes of every row, ``(N, count)`` uint8."""
+    if bits == 4:
+        return unpack_nibbles(packed)[..., :count].contiguous()
     octets = packed.unflatten(-1, (-1, bits))
     word = octets[..., 0].to(torch.int64)
     for j in range(1, bits):
