@@ -152,14 +152,11 @@ def _text(ids: Tensor, window: int, models: list[Any]) -> Tensor:
 
 def _windows(ids: Tensor, window: int, batch_size: int) -> Iterator[tuple[int, Tensor]]:
     """Batches ``(B, L)`` of windows and where in ``ids`` each begins; the short last one comes alone."""
-    whole = ids.numel() // window
-    yield from zip(
-        range(0, whole * window, batch_size * window),
-        ids[: whole * window].view(-1, window).split(batch_size),
-        strict=True,
-    )
-    if ids.numel() > whole * window:
-        yield whole * window, ids[whole * window :].unsqueeze(0)
+    whole = ids.numel() // window * window
+    for start in range(0, whole, batch_size * window):
+        yield start, ids[start : min(start + batch_size * window, whole)].view(-1, window)
+    if ids.numel() > whole:
+        yield whole, ids[whole:].unsqueeze(0)
 
 
 def _log_probabilities(model: Any, batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -45,7 +45,8 @@ def read_items(path: Path, column: str | None, max_characters: int) -> Iterator[
         else:
             with _OPENERS.get(path.suffix.lower(), open)(path, "rt", encoding="utf-8-sig") as handle:
                 if kind == ".txt":
-                    yield handle.read(min(max_characters, sys.maxsize - 1) + 1)
+                    # A text file makes room for what is asked of it, so "everything" has to be said as -1.
+                    yield handle.read(max_characters + 1 if max_characters < sys.maxsize else -1)
                 else:
                     yield from _records(handle, path)
     except FileNotFoundError:

@@ -94,7 +94,7 @@ class _Watch:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if scores.isnan().any():
             raise NonFiniteError(
-                f"calib='self': the model's logits hold NaN after {input_ids.shape[1]} tokens: "
+                f"calib='self': the model's logits for token {input_ids.shape[1]} hold NaN: "
                 "check its weights and dtype"
             )
         self._done += scores.shape[0]
