@@ -49,8 +49,9 @@ class CpuBackend(Backend):
 
     def pack(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
         dense = self.prefill == "dense"
+        scheme = weight.scheme
         tensors, constants = AtenInt4.pack(
-            weight.codes, weight.scales, weight.zeros, bias, weight.scheme.group_size, dense=dense
+            weight.codes, weight.scales, weight.zeros, bias, scheme.bits, scheme.group_size, dense=dense
         )
         notes = ["scales are rounded to bfloat16"]
         if dtype != torch.bfloat16:
@@ -67,6 +68,6 @@ class CpuBackend(Backend):
         )
 
     def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:
-        codes = AtenInt4.unpack(packed.tensors["packed"])
+        codes = AtenInt4.unpack(packed.tensors["packed"], shape.scheme.bits)
         scales, zeros = packed.kept["scales"], packed.kept["zeros"]
         return QuantizedWeight(codes, scales, zeros, shape.scheme), packed.tensors["bias"]

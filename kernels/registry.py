@@ -31,7 +31,13 @@ class Kernel(Protocol):
 
     @staticmethod
     def pack(
-        codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, group_size: int, **options: Any
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bias: Tensor | None,
+        bits: int,
+        group_size: int,
+        **options: Any,
     ) -> tuple[Mapping[str, Tensor | None], tuple[Any, ...]]:
         """The op's tensors by argument name, and the constants that follow them."""
 
