@@ -92,8 +92,9 @@ class ArtifactReader(LinearReader):
         settings = f"bits={scheme.bits} with group_size={scheme.group_size}"
         self.expect(f"{name}.shape", (2,), (torch.int64,), settings)
         n, k = self.files.get(f"{name}.shape").tolist()
-        groups = scheme.groups(k)
+        self.matrix(f"{name}.codes")
         self.expect(f"{name}.codes", (n, -(-k // 8) * scheme.bits), (torch.uint8,), settings)
+        groups = scheme.groups(k)
         self.expect(f"{name}.scales", (n, groups), SCALES, settings)
         self.expect(f"{name}.zeros", (n, -(-groups // 8) * scheme.bits), (torch.uint8,), settings)
         return n, k

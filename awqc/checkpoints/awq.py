@@ -117,8 +117,7 @@ class AwqReader(LinearReader):
         return [f"{name}.{part}" for part in parts if f"{name}.{part}" in self.files]
 
     def check(self, name: str) -> tuple[int, int]:
-        shape = self.files.shape(f"{name}.qweight")
-        n, k = self.layout.features(shape[0], shape[-1])
+        n, k = self.layout.features(*self.matrix(f"{name}.qweight"))
         names = self._parts(name)
         for part, (expected, dtypes) in self.layout.parts(n, k, self.scheme.group(k)).items():
             if part in names:

@@ -33,7 +33,7 @@ class AwqLayout(ABC):
 
     @abstractmethod
     def features(self, rows: int, columns: int) -> tuple[int, int]:
-        """``(N, K)`` of a linear whose ``qweight`` is ``(rows, columns)``."""
+        """``(N, K)`` of a linear whose ``qweight`` is ``(rows, columns)``, rounded up to what it can be."""
 
     @abstractmethod
     def parts(self, n: int, k: int, group: int) -> dict[str, Part]:
@@ -97,7 +97,7 @@ class GemvFast(AwqLayout):
     zeros = ("qzeros", "scaled_zeros")
 
     def features(self, rows: int, columns: int) -> tuple[int, int]:
-        return 4 * rows, columns // 64 * 64
+        return 4 * rows, math.ceil(columns / 64) * 64
 
     def parts(self, n: int, k: int, group: int) -> dict[str, Part]:
         shape = (8 * padded_words(k, group), n)
@@ -128,7 +128,7 @@ class Marlin(AwqLayout):
     zeros = ()
 
     def features(self, rows: int, columns: int) -> tuple[int, int]:
-        return columns // 128 * 64, 16 * rows
+        return math.ceil(columns / 128) * 64, 16 * rows
 
     def parts(self, n: int, k: int, group: int) -> dict[str, Part]:
         return {

@@ -149,14 +149,14 @@ class CompressedTensorsReader(LinearReader):
     def check(self, name: str) -> tuple[int, int]:
         scheme = self.scheme(name)
         settings = f"num_bits={scheme.bits} with group_size={scheme.group_size}"
-        packed = self.files.shape(f"{name}.weight_packed")
         per_word = 32 // scheme.bits
-        n, k = packed[0], packed[-1] * per_word
+        n, words = self.matrix(f"{name}.weight_packed")
+        k = words * per_word
         if f"{name}.weight_shape" in self.files:
             self.expect(f"{name}.weight_shape", (2,), INTEGERS, settings)
             n, k = self.files.get(f"{name}.weight_shape").tolist()
-        groups = scheme.groups(k)
         self.expect(f"{name}.weight_packed", (n, math.ceil(k / per_word)), (torch.int32,), settings)
+        groups = scheme.groups(k)
         self.expect(f"{name}.weight_scale", (n, groups), SCALES, settings)
         if scheme.zero_point:
             zeros = (math.ceil(n / per_word), groups)

@@ -54,6 +54,20 @@ class LinearReader(ABC):
     def weight(self, name: str) -> QuantizedWeight:
         """Read the weight of linear ``name``; raises as :meth:`check`."""
 
+    def matrix(self, tensor: str) -> tuple[int, int]:
+        """Rows and columns of ``tensor``.
+
+        Raises:
+            CheckpointError: if it is no matrix, or an empty one.
+        """
+        info = self.files.info(tensor)
+        if len(info.shape) != 2 or 0 in info.shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {tensor!r} has shape {info.shape}, but packed weights are matrices: "
+                "the checkpoint does not follow its format; save it again"
+            )
+        return info.shape[0], info.shape[1]
+
     def expect(
         self, tensor: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], settings: str
     ) -> None:

@@ -121,8 +121,8 @@ def test_refuses_to_replace_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         check_output(tmp_path, overwrite=True)
     assert str(caught.value) == (
-        f"{tmp_path} holds no config.json, so it is not a checkpoint and will not be replaced: choose another "
-        "output path, or remove it yourself"
+        f"{tmp_path} holds no config.json, so it is not a checkpoint and will not be replaced: choose "
+        "another output path, or remove it yourself"
     )
 
 
@@ -145,8 +145,8 @@ def test_a_parent_is_a_file(tmp_path: Path) -> None:
 
 def no_permission(out: Path, parent: Path) -> str:
     return (
-        f"cannot write {out}: no permission to create files in {parent}: choose another output path, or change "
-        "its permissions"
+        f"cannot write {out}: no permission to create files in {parent}: choose another output path, or "
+        "change its permissions"
     )
 
 
@@ -172,8 +172,8 @@ def test_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError) as caught:
         check_output(tmp_path)
     assert str(caught.value) == (
-        f"cannot write {tmp_path}: it is a mount point, which cannot be replaced in one step: choose a directory "
-        f"inside it, for example {tmp_path / 'model'}"
+        f"cannot write {tmp_path}: it is a mount point, which cannot be replaced in one step: choose a "
+        f"directory inside it, for example {tmp_path / 'model'}"
     )
 
 
@@ -181,12 +181,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = checkpoint(tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)._replace(free=1500)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError) as caught, atomic_directory(out, overwrite=True) as directory:
-        (directory / "first").write_bytes(bytes(1000))
-        raise DiskFull(2000)
+    with pytest.raises(CheckpointError) as caught:
+        write_one_file_and_fail(out)
     assert str(caught.value) == (
-        f"the disk is full: {out} needs more than 3,000 bytes and 2,500 are available there: free some space or "
-        "choose another output path"
+        f"the disk is full: {out} needs more than 3,000 bytes and 2,500 are available there: free some space "
+        "or choose another output path"
     )
     assert content(tmp_path) == {"out/config.json": "old"}
 
@@ -201,6 +200,12 @@ def test_other_operating_system_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         write_nothing_but_fail(tmp_path / "out", errno.EIO)
     assert list(tmp_path.iterdir()) == []
+
+
+def write_one_file_and_fail(out: Path) -> None:
+    with atomic_directory(out, overwrite=True) as directory:
+        (directory / "first").write_bytes(bytes(1000))
+        raise DiskFull(2000)
 
 
 def write_nothing_but_fail(out: Path, code: int) -> None:

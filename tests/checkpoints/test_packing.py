@@ -34,7 +34,7 @@ def test_bits_follow_the_specification_and_come_back(n: int, k: int, bits: int, 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_strides_of_dimensions_of_size_one_do_not_matter(bits: int) -> None:
-    """The zero points of whole rows are packed transposed: ``(N, 1)`` becomes ``(1, N)`` with strides (1, 1)."""
+    """Zero points of whole rows are packed transposed: ``(N, 1)`` becomes ``(1, N)``, strides (1, 1)."""
     zeros = torch.arange(8, dtype=torch.uint8).view(8, 1)
     words = pack_words(zeros.t(), bits)
     assert words.tolist() == pack_words(zeros.view(1, 8), bits).tolist()

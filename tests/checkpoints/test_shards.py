@@ -111,5 +111,6 @@ def test_another_error_of_the_library(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(CheckpointError) as caught:
         write_sharded(tmp_path, tensors(3))
     assert str(caught.value) == (
-        f"{tmp_path / 'model-00001.safetensors'} cannot be written: I/O error: Input/output error (os error 5)"
+        f"{tmp_path / 'model-00001.safetensors'} cannot be written: I/O error: Input/output error (os "
+        "error 5)"
     )
