@@ -144,7 +144,7 @@ class Graph:
 def execute(
     nodes: Iterable[fx.Node],
     env: Env,
-    weights: Weights,
+    weights: Weights | Mapping[str, Tensor],
     keep: Iterable[fx.Node] | None = None,
     tap: Callable[[fx.Node, Any], None] | None = None,
 ) -> None:

@@ -1,1 +1,231 @@
-"""Passes and the pipeline that proves their order, runs them and checks what they promise."""
+"""Passes and the pipeline that proves their order, runs them, and checks what they promise.
+
+A pass is a frozen dataclass whose fields are its options. It declares the facts that it ``requires``,
+``provides`` and ``consumes`` (makes stale), and whether the graph's function is ``"equal"`` or
+``"lossy"`` afterwards. The order is proven from the declarations before anything runs; after each pass
+the graph is verified, and a pass that promised ``"equal"`` is held to it by running the graph.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import ClassVar, Literal
+
+from awqc.calibrate import Activations, Stage, Stages
+from awqc.context import Context
+from awqc.errors import PipelineError, VerifyError
+from awqc.flags import Flags
+from awqc.graph import Graph
+from awqc.text import diff_text
+from awqc.verify import GraphCheck, StageCheck
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One transformation or analysis of a graph.
+
+    Class attributes:
+        name: what the pipeline, the report and the command line call it.
+        scope: ``"graph"`` runs once over the whole graph; ``"stage"`` runs for each stage in turn, with
+            ``context.stage`` set, before the stage's tokens move on.
+        requires: facts that must be there.
+        provides: facts that it adds.
+        consumes: facts that are stale afterwards and are dropped.
+        output: ``"equal"`` if the model's function is unchanged (checked), ``"lossy"`` if not.
+    """
+
+    name: ClassVar[str]
+    scope: ClassVar[Literal["graph", "stage"]] = "graph"
+    requires: ClassVar[tuple[type, ...]] = ()
+    provides: ClassVar[tuple[type, ...]] = ()
+    consumes: ClassVar[tuple[type, ...]] = ()
+    output: ClassVar[Literal["equal", "lossy"]] = "equal"
+
+    @abstractmethod
+    def run(self, graph: Graph, context: Context) -> None:
+        """Do it: change ``graph``, its weights or its facts; report rows to ``context.report``."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An ordered sequence of passes; every editing method returns a new pipeline."""
+
+    passes: tuple[Pass, ...]
+
+    @staticmethod
+    def default() -> Pipeline:
+        """The pipeline of :func:`awqc.compile`; see ``awqc/driver.py`` for the order."""
+        from awqc.driver import default_pipeline
+
+        return default_pipeline()
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def names(self) -> list[str]:
+        return [p.name for p in self.passes]
+
+    def insert_before(self, name: str, new: Pass) -> Pipeline:
+        """``new`` right before the pass called ``name``."""
+        i = self._index(name)
+        return Pipeline((*self.passes[:i], new, *self.passes[i:]))
+
+    def insert_after(self, name: str, new: Pass) -> Pipeline:
+        """``new`` right after the pass called ``name``."""
+        i = self._index(name) + 1
+        return Pipeline((*self.passes[:i], new, *self.passes[i:]))
+
+    def replace(self, name: str, new: Pass) -> Pipeline:
+        """``new`` in the place of the pass called ``name``."""
+        i = self._index(name)
+        return Pipeline((*self.passes[:i], new, *self.passes[i + 1 :]))
+
+    def remove(self, name: str) -> Pipeline:
+        """Everything but the pass called ``name``."""
+        i = self._index(name)
+        return Pipeline((*self.passes[:i], *self.passes[i + 1 :]))
+
+    def with_options(self, name: str, **options: object) -> Pipeline:
+        """The pass called ``name`` with some of its fields replaced.
+
+        Raises:
+            PipelineError: if the pass has no such option.
+        """
+        current = self.passes[self._index(name)]
+        try:
+            return self.replace(name, replace(current, **options))  # type: ignore[arg-type]
+        except TypeError as error:
+            raise PipelineError(f"pass {name!r} has no such option: {error}") from error
+
+    def check_order(self, given: Sequence[type] = ()) -> None:
+        """Prove that every pass finds the facts it requires.
+
+        Raises:
+            PipelineError: naming the pass, the fact, and the pass that provides it too late or not at all.
+        """
+        there = set(given)
+        for i, current in enumerate(self.passes):
+            for fact in current.requires:
+                if fact not in there:
+                    raise PipelineError(self._missing(i, fact))
+            there -= set(current.consumes)
+            there |= set(current.provides)
+
+    def run(self, graph: Graph, context: Context, flags: Flags | None = None) -> None:
+        """Run all passes on ``graph``.
+
+        Raises:
+            PipelineError: if the order is wrong (before anything runs).
+            VerifyError: if a pass breaks the graph or a promise.
+        """
+        flags = flags or Flags.from_environment()
+        pipeline = Pipeline(tuple(p for p in self.passes if p.name not in flags.skip))
+        _check_names(flags, self.names())
+        pipeline.check_order(sorted(graph.facts.kinds(), key=str))
+        runner = _Runner(graph, context, flags)
+        passes = list(pipeline.passes)
+        while passes:
+            if passes[0].scope == "graph":
+                runner.run_on_graph(passes.pop(0))
+                continue
+            staged = [p for p in _leading(passes)]
+            del passes[: len(staged)]
+            runner.run_on_stages(staged)
+
+    def _index(self, name: str) -> int:
+        if name not in self.names():
+            raise PipelineError(f"no pass is called {name!r}: there are {', '.join(self.names())}")
+        return self.names().index(name)
+
+    def _missing(self, index: int, fact: type) -> str:
+        name, wanted = self.passes[index].name, fact.__name__
+        before = [p.name for p in self.passes[:index] if fact in p.consumes]
+        if before:
+            return f"{name!r} requires {wanted}, which {before[-1]!r} makes stale: move {name!r} before it"
+        later = [p.name for p in self.passes[index + 1 :] if fact in p.provides]
+        if later:
+            return f"{name!r} requires {wanted}, provided by {later[0]!r}: move it earlier"
+        return f"{name!r} requires {wanted}, which no pass of this pipeline provides"
+
+
+def third_party_passes() -> dict[str, type[Pass]]:
+    """Passes of installed packages, by the name of their ``awqc.passes`` entry point."""
+    return {entry.name: entry.load() for entry in entry_points(group="awqc.passes")}
+
+
+def _leading(passes: Sequence[Pass]) -> Iterator[Pass]:
+    for current in passes:
+        if current.scope != "stage":
+            return
+        yield current
+
+
+def _check_names(flags: Flags, names: list[str]) -> None:
+    for name in {*flags.skip, *flags.dump}:
+        if name not in names and name != "all":
+            raise PipelineError(f"no pass is called {name!r}: there are {', '.join(names)}")
+
+
+class _Runner:
+    """Runs passes one by one with verification, checks, timing and dumps."""
+
+    def __init__(self, graph: Graph, context: Context, flags: Flags) -> None:
+        self.graph, self.context, self.flags = graph, context, flags
+        self.graph_check = GraphCheck(graph, context) if flags.check else None
+
+    def run_on_graph(self, current: Pass) -> None:
+        before = self.graph.text() if self.flags.wants(current.name) else ""
+        check = self.graph_check if current.output == "equal" else None
+        if check is not None:
+            check.before()
+        self._timed(current)
+        self.graph.verify()
+        if check is not None:
+            check.after(current.name)
+        if before:
+            self.flags.write(current.name, self.graph.text(), diff_text(before, self.graph.text()))
+
+    def run_on_stages(self, passes: list[Pass]) -> None:
+        stages = self.graph.facts[Stages]
+        activations = Activations(self.graph, stages, self.context)
+        self.graph.facts[Activations] = activations
+        for stage in self.context.progress.track(stages.stages, "calibrating"):
+            self._run_on_stage(stage, passes, activations)
+        self.context.stage = None
+        self.graph.facts.drop(Activations)
+
+    def _run_on_stage(self, stage: Stage, passes: list[Pass], activations: Activations) -> None:
+        self.context.stage = stage
+        check = StageCheck(self.graph, stage, activations) if self.flags.check else None
+        propagate_float = self.context.config.propagate == "float"
+        for current in passes:
+            if current.output == "lossy" and propagate_float:
+                activations.advance(stage)
+            version = self.graph.version
+            if check is not None and current.output == "equal":
+                check.before()
+            self._timed(current)
+            if self.graph.version != version:
+                raise VerifyError(f"{current.name!r} is a stage pass and changed the graph's nodes: use scope='graph'")
+            if check is not None and current.output == "equal":
+                check.after(current.name)
+        activations.advance(stage)
+        self.graph.weights.release()
+
+    def _timed(self, current: Pass) -> None:
+        for fact in current.requires:
+            if fact not in self.graph.facts:
+                raise PipelineError(f"{current.name!r} requires {fact.__name__}, which the pass before it did not leave")
+        start = time.perf_counter()
+        current.run(self.graph, self.context)
+        for fact in current.consumes:
+            if fact not in current.provides:
+                self.graph.facts.drop(fact)
+        for fact in current.provides:
+            if fact not in self.graph.facts:
+                raise PipelineError(f"{current.name!r} declares that it provides {fact.__name__} but did not")
+        self.context.report.add_seconds(current.name, time.perf_counter() - start)

@@ -32,17 +32,22 @@ class QuantLinear(nn.Module):
         self.out_features = lowered.shape.out_features
         for name, tensor in (*packed.tensors.items(), *packed.kept.items()):
             self.register_buffer(name, tensor)
+        self.dtype = lowered.shape.dtype
         self._shape = lowered.shape
         self._packed = replace(packed, tensors=dict.fromkeys(packed.tensors), kept={})
         self._kept = tuple(packed.kept)
-        self._op = packed.op
+        self.op = packed.op
+        self.constants = packed.constants
         self._names = tuple(packed.tensors)
-        self._constants = packed.constants
 
     def forward(self, x: Tensor) -> Tensor:
         # Straight from the dictionary: attribute look-up of a buffer costs more than the op's dispatch.
         buffers = self._buffers
-        return self._op(x, *[buffers[name] for name in self._names], *self._constants)
+        return self.op(x, *[buffers[name] for name in self._names], *self.constants)
+
+    def operands(self) -> dict[str, Tensor | None]:
+        """The tensors that ``op`` takes after ``x``, by buffer name; None for an absent bias."""
+        return {name: self._buffers[name] for name in self._names}
 
     def unpack(self) -> tuple[QuantizedWeight, Tensor | None]:
         """The canonical weight ``(N, K)`` and the bias that were lowered, bit for bit."""

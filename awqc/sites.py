@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from awqc.errors import VerifyError
 from awqc.graph import Graph
 from awqc.quantized import QuantizedWeight
-from awqc.weights import Weights
+from awqc.weights import Rounded, Weights
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,20 @@ def fold(part: Part, scales: Tensor, weights: Weights) -> None:
     """
     name = part.parameter
     by = divisor(part, scales)
-    quantized = weights.quantized(name)
-    if quantized is None:
+    rounded = weights.rounded(name)
+    if rounded is None:
         value = weights[name]
         weights[name] = part.site.solve(value, by.to(value.dtype))
         return
-    if part.site.offset or (part.ids.ndim > 1 and part.ids.shape[1] != 1):
+    columns = 0 if rounded.transposed else 1
+    if part.site.offset or (by.ndim > 1 and by.shape[columns] != 1):
         raise VerifyError(
             f"{name!r} is quantized already and cannot take a scale along its columns: fold before rounding"
         )
-    scaled = quantized.scales.float() / by.reshape(-1, 1).to(quantized.scales.device)
-    weights[name] = QuantizedWeight(
-        quantized.codes, scaled.to(quantized.scales.dtype), quantized.zeros, quantized.scheme
+    old = rounded.weight
+    scales = old.scales.float() / by.reshape(-1, 1).to(old.scales.device)
+    weights[name] = Rounded(
+        QuantizedWeight(old.codes, scales.to(old.scales.dtype), old.zeros, old.scheme), rounded.transposed
     )
 
 

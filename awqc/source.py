@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awqc.checkpoints import open_checkpoint
 from awqc.errors import CheckpointError, ConfigError
-
-#: config fields that bound the sequence length, in order of preference
-_LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-
 
 @dataclass
 class ModelSource:
@@ -26,6 +23,7 @@ class ModelSource:
         read: the source tensor of a parameter or buffer name.
         path: the directory it came from, if any.
         stored_as: parameter name -> name in the checkpoint files.
+        dtype: floating-point dtype that most parameters are stored in.
         notes: what a reader of the report must know about how the model was read.
     """
 
@@ -33,6 +31,7 @@ class ModelSource:
     read: Callable[[str], Tensor]
     path: Path | None = None
     stored_as: Mapping[str, str] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -41,19 +40,16 @@ class ModelSource:
         return getattr(self.module, "config", None)
 
     @property
-    def max_length(self) -> int | None:
-        """The longest sequence the model accepts in tokens, where its config says."""
-        for name in _LENGTH_FIELDS:
-            value = getattr(self.config, name, None)
-            if isinstance(value, int) and value > 0:
-                return value
-        return None
+    def half(self) -> torch.dtype:
+        """The 16-bit dtype that checkpoints made from this model state: its own, or float16."""
+        return self.dtype if self.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
-    @property
-    def vocab_size(self) -> int | None:
-        """Number of token ids the model knows, where its config says."""
-        value = getattr(self.config, "vocab_size", None)
-        return value if isinstance(value, int) else None
+    def materialized(self) -> nn.Module:
+        """The module with its weights, in float32 when they have to be read first."""
+        if not any(tensor.is_meta for _, tensor in named_tensors(self.module)):
+            return self.module
+        model: nn.Module = type(self.module).from_pretrained(self.path, dtype=torch.float32)
+        return model.eval()
 
     def tokenizer(self) -> Any:
         """The tokenizer that lies beside the model.
@@ -72,6 +68,17 @@ class ModelSource:
                 f"{self.path} holds no tokenizer that transformers can load ({error}): "
                 "pass tokenizer=... or token ids as calib"
             ) from error
+
+    def on_disk(self, name: str) -> str:
+        """The name under which checkpoints store the tensor ``name`` of the module."""
+        if name in self.stored_as:
+            return self.stored_as[name]
+        module, _, part = name.rpartition(".")
+        return f"{self.module_on_disk(module)}.{part}" if module else name
+
+    def module_on_disk(self, name: str) -> str:
+        """The prefix under which checkpoints store the tensors of the module ``name``."""
+        return self.stored_as.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
     def names(self) -> list[str]:
         """Names of all parameters and buffers, one per storage."""
@@ -100,7 +107,7 @@ def aliases(module: nn.Module) -> dict[str, str]:
     return tied
 
 
-def open_source(model: nn.Module | str | Path, dtype: torch.dtype | None = None) -> ModelSource:
+def open_source(model: nn.Module | str | Path) -> ModelSource:
     """A source for a module, or for a directory with ``config.json`` and safetensors.
 
     Raises:
@@ -125,11 +132,17 @@ def from_module(module: nn.Module) -> ModelSource:
         return tensor.detach()
 
     path = getattr(getattr(module, "config", None), "_name_or_path", "") or ""
-    return ModelSource(module, read, Path(path) if path and Path(path).is_dir() else None)
+    dtypes = [t.dtype for t in tensors.values() if t.is_floating_point()]
+    directory = Path(path) if path and Path(path).is_dir() else None
+    return ModelSource(module, read, directory, dtype=max(set(dtypes), key=dtypes.count, default=torch.float32))
 
 
 def skeleton(path: Path) -> nn.Module:
-    """The module that ``path/config.json`` describes: parameters on ``meta``, buffers real."""
+    """The module that ``path/config.json`` describes: parameters on ``meta``, buffers real.
+
+    Raises:
+        CheckpointError: if there is no config that transformers can read.
+    """
     import transformers
     from accelerate import init_empty_weights
 
@@ -140,12 +153,6 @@ def skeleton(path: Path) -> nn.Module:
             f"{path} has no config that transformers can read ({error}): give a directory written by "
             "save_pretrained, with config.json and *.safetensors"
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config.get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{path} is already quantized (quant_method {method!r}): awqc compiles float checkpoints; "
-            "use awqc.load to run this one"
-        )
     architecture = next(iter(config.architectures or ()), None)
     cls = getattr(transformers, architecture or "", None) or transformers.AutoModelForCausalLM
     # Buffers are small and not all of them are stored in the files, so they are computed for real.
@@ -159,14 +166,17 @@ def skeleton(path: Path) -> nn.Module:
 
 def from_directory(path: Path) -> ModelSource:
     """A checkpoint directory; each tensor is read from its file when it is needed."""
-    from awqc.checkpoints.tensors import TensorFiles
-
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a directory: give a local Hugging Face model directory, or a module in memory"
         )
-    module = skeleton(path)
-    files = TensorFiles(path)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.format is not None:
+        raise CheckpointError(
+            f"{path} is already quantized ({checkpoint.format}): awqc compiles float checkpoints; "
+            "use awqc.load to run this one"
+        )
+    module, files = skeleton(path), checkpoint.tensors
     tensors = dict(named_tensors(module))
     tied = aliases(module)
     stored = match_names(
@@ -176,16 +186,17 @@ def from_directory(path: Path) -> ModelSource:
     if missing:
         return _through_transformers(path, module, missing)
     for name, on_disk in stored.items():
-        if tuple(files.shape(on_disk)) != tuple(tensors[name].shape):
+        if tuple(files.info(on_disk).shape) != tuple(tensors[name].shape):
             raise CheckpointError(
-                f"{path}: tensor {on_disk!r} has shape {tuple(files.shape(on_disk))}, but config.json "
+                f"{path}: tensor {on_disk!r} has shape {tuple(files.info(on_disk).shape)}, but config.json "
                 f"describes {tuple(tensors[name].shape)}: config and weights belong to different models"
             )
 
     def read(name: str) -> Tensor:
         return files.get(stored[name]) if name in stored else tensors[name]
 
-    return ModelSource(module, read, path, stored)
+    dtypes = [files.info(on_disk).dtype for on_disk in stored.values()]
+    return ModelSource(module, read, path, stored, max(set(dtypes), key=dtypes.count, default=torch.float32))
 
 
 def match_names(
@@ -220,7 +231,7 @@ def _through_transformers(path: Path, module: nn.Module, missing: list[str]) -> 
         )
     source = from_module(model.eval())
     note = f"read whole through transformers: {len(missing)} parameters, such as {missing[0]!r}, are stored under other names"
-    return ModelSource(source.module, source.read, path, {}, [note])
+    return ModelSource(source.module, source.read, path, notes=[note])
 
 
 @contextmanager

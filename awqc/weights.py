@@ -7,6 +7,7 @@ source holds, the tensor that a pass has put there, or the quantized weight it w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,19 @@ from awqc.quantized import QuantizedWeight
 
 #: Reads the source tensor of a name.
 Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A quantized weight ``(N, K)`` behind a parameter that the model may store as ``(K, N)``."""
+
+    weight: QuantizedWeight
+    transposed: bool = False
+
+    def dense(self) -> Tensor:
+        """The float32 value in the layout of the parameter."""
+        value = self.weight.dequantize()
+        return value.t() if self.transposed else value
 
 
 class Weights:
@@ -44,20 +58,20 @@ class Weights:
         self.aliases = dict(aliases or {})
         self.version = 0
         self._read = read
-        self._changed: dict[str, Tensor | QuantizedWeight] = {}
+        self._changed: dict[str, Tensor | Rounded] = {}
         self._resident: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._resident:
             value = self._changed.get(name)
-            if isinstance(value, QuantizedWeight):
-                value = value.dequantize()
+            if isinstance(value, Rounded):
+                value = value.dense()
             elif value is None:
                 value = self._checked(name, self._read(name))
             self._resident[name] = self._place(value)
         return self._resident[name]
 
-    def __setitem__(self, name: str, value: Tensor | QuantizedWeight) -> None:
+    def __setitem__(self, name: str, value: Tensor | Rounded) -> None:
         self._changed[name] = value
         self._resident.pop(name, None)
         self.version += 1
@@ -65,12 +79,12 @@ class Weights:
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
-    def quantized(self, name: str) -> QuantizedWeight | None:
+    def rounded(self, name: str) -> Rounded | None:
         """The quantized weight behind ``name``, if it has been rounded."""
         value = self._changed.get(name)
-        return value if isinstance(value, QuantizedWeight) else None
+        return value if isinstance(value, Rounded) else None
 
-    def changed(self) -> dict[str, Tensor | QuantizedWeight]:
+    def changed(self) -> dict[str, Tensor | Rounded]:
         """Everything that differs from the source, by name."""
         return dict(self._changed)
 

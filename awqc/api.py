@@ -1,0 +1,193 @@
+"""``awqc.compile``: a float model in, a quantized model out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from awqc.backend import Backend, get_backend
+from awqc.calibration import CalibrationTokens, load_tokens, sequence_limit, vocabulary_size
+from awqc.capture import CaptureReport, capture, check_against_eager
+from awqc.checkpoints import SearchRecord, fingerprint
+from awqc.compiled import Compilation, CompiledModel, assemble, structural_copy
+from awqc.config import QuantConfig
+from awqc.context import Context, Progress, Silent
+from awqc.flags import Flags
+from awqc.graph import Graph
+from awqc.lowered import LoweredLinears
+from awqc.pipeline import Pipeline
+from awqc.report import Report
+from awqc.source import ModelSource, named_tensors, open_source
+from awqc.weights import Rounded, Weights
+
+
+def compile(
+    model: nn.Module | str | Path,
+    calib: Any = "self",
+    *,
+    backend: str | Backend = "auto",
+    config: QuantConfig | None = None,
+    pipeline: Pipeline | None = None,
+    tokenizer: Any = None,
+    max_calib_samples: int = 128,
+    max_calib_seq_len: int = 512,
+    split: str | None = None,
+    column: str | None = None,
+    device: str | torch.device = "cpu",
+    flags: Flags | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Quantize a model.
+
+    Args:
+        model: a module (left as it is; the result shares its unchanged tensors), or a directory with
+            ``config.json`` and safetensors, read tensor by tensor.
+        calib: calibration data, see :func:`awqc.calibration.load_tokens`: token ids, strings,
+            conversations, a file, a data set, or ``"self"`` to let the model write its own.
+        backend: what the linears are lowered to: ``"auto"``, a name, or a backend object.
+        config: bits, group size and so on.
+        pipeline: the passes; :meth:`Pipeline.default` unless given. ``backend`` sets its ``lower`` pass.
+        tokenizer: needed for text; by default the one beside the model.
+        max_calib_samples, max_calib_seq_len: at most so many sequences of so many tokens.
+        split, column: of a data set.
+        device: where to compile, and where the result is.
+        flags: debugging aids; by default from ``AWQC_*`` variables.
+        progress: how long loops show themselves.
+
+    Returns:
+        The model with quantized linears, with ``.report``, ``.graph`` and ``.save``.
+
+    Raises:
+        ConfigError, CaptureError, CalibrationError, CheckpointError, BackendError, NonFiniteError,
+        PipelineError, VerifyError: see :mod:`awqc.errors`; nothing has been written.
+    """
+    config, progress = config or QuantConfig(), progress or Silent()
+    pipeline = (pipeline or Pipeline.default()).with_options("lower", backend=backend)
+    if isinstance(backend, str) and backend != "auto":
+        get_backend(backend)
+    pipeline.check_order()
+    source = open_source(model)
+    started = time.perf_counter()
+    tokens = _calibration(source, calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column, config)
+    read = time.perf_counter()
+    batches = [{"input_ids": row[None].to(device)} for row in tokens.ids]
+    graph = capture(source, batches[0], torch.float32, device)
+    report = _report(config, tokens, source)
+    # A second input that the graph was not traced with: frozen values would show.
+    other = {"input_ids": batches[-1]["input_ids"].flip(-1)}
+    checks = check_against_eager(graph, source.module, {"calibration": batches[0], "reversed": other})
+    report.capture = {**asdict(graph.facts[CaptureReport]), "checks": checks}
+    report.add_seconds("read-calibration", read - started)
+    report.add_seconds("capture", time.perf_counter() - read)
+    context = Context(config, batches, report, progress)
+    pipeline.run(graph, context, flags)
+    return _finish(source, graph, context, tokens)
+
+
+def _calibration(
+    source: ModelSource,
+    calib: Any,
+    tokenizer: Any,
+    samples: int,
+    seq_len: int,
+    split: str | None,
+    column: str | None,
+    config: QuantConfig,
+) -> CalibrationTokens:
+    limit = sequence_limit(source.config) if source.config is not None else None
+    vocabulary = vocabulary_size(source.config) if source.config is not None else None
+    # Nobody who asks for nothing in particular wants an error for a model with a short context.
+    if limit is not None and seq_len == _default_seq_len():
+        seq_len = min(seq_len, limit)
+    if tokenizer is None and source.path is not None and not isinstance(calib, Tensor):
+        tokenizer = source.tokenizer()
+    return load_tokens(
+        calib,
+        tokenizer=tokenizer,
+        model=source.materialized() if isinstance(calib, str) and calib == "self" else None,
+        max_calib_samples=samples,
+        max_calib_seq_len=seq_len,
+        split=split,
+        column=column,
+        seed=config.seed,
+        limit=limit,
+        vocab_size=vocabulary,
+    )
+
+
+def _default_seq_len() -> int:
+    assert compile.__kwdefaults__ is not None
+    return int(compile.__kwdefaults__["max_calib_seq_len"])
+
+
+def _report(config: QuantConfig, tokens: CalibrationTokens, source: ModelSource) -> Report:
+    report = Report(config=config.as_dict())
+    report.calibration = {
+        "source": tokens.source,
+        "samples": tokens.samples,
+        "seq_len": tokens.seq_len,
+        "tokens": tokens.tokens,
+        "dropped": tokens.dropped,
+        "sha256": tokens.sha256,
+    }
+    for note in tokens.notes:
+        report.note("calibration", note)
+    for note in source.notes:
+        report.note("source", note)
+    return report
+
+
+def _finish(
+    source: ModelSource, graph: Graph, context: Context, tokens: CalibrationTokens
+) -> CompiledModel:
+    """Put what the passes left in the graph into the model's modules."""
+    lowered = graph.facts[LoweredLinears]
+    weights, report = graph.weights, context.report
+    on_meta = {name for name, tensor in named_tensors(source.module) if tensor.is_meta}
+    buffers = {f"{name}.{part}" for name, linear in lowered.items() for part, _ in linear.named_buffers()}
+    gone = {f"{name}.weight" for name in lowered} | {f"{name}.bias" for name in lowered}
+    tensors = {
+        name: weights[name]
+        for name in source.names()
+        if name not in gone and (name in on_meta or _is_new(weights, name))
+    }
+    _account(report, source, lowered)
+    record = SearchRecord(
+        config=report.config,
+        fingerprint=fingerprint(report.config, tokens.sha256, {}),
+        ratios={name: row.ratio if row.applied else None for name, row in report.groups.items()},
+    )
+    module = structural_copy(source.module)
+
+    def lowered_graph() -> fx.GraphModule:
+        attributes = {
+            str(n.target): weights[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"
+        }
+        shared = dict(named_tensors(compiled)) | {k: v for k, v in attributes.items() if k in buffers}
+        return fx.GraphModule({k: shared.get(k, v) for k, v in attributes.items()}, graph.fx)
+
+    compilation = Compilation(source, report, record, lowered_graph, context.batches[0])
+    compiled = assemble(module, tensors, lowered, compilation)
+    return compiled
+
+
+def _is_new(weights: Weights, name: str) -> bool:
+    return name in weights.changed() and not isinstance(weights.changed()[name], Rounded)
+
+
+def _account(report: Report, source: ModelSource, lowered: LoweredLinears) -> None:
+    dense = {name: t.numel() for name, t in named_tensors(source.module) if t.is_floating_point()}
+    linears = sum(linear.in_features * linear.out_features for linear in lowered.values())
+    packed = sum(linear.unpack()[0].nbytes() for linear in lowered.values())
+    total = 2 * sum(dense.values())
+    report.sizes = {
+        "linears_before": 2 * linears,
+        "linears_after": packed,
+        "model_before": total,
+        "model_after": total - 2 * linears + packed,
+    }

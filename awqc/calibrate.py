@@ -1,0 +1,366 @@
+"""Calibration: tokens move through the graph stage by stage, each op once, and leave statistics behind.
+
+A stage begins where an observed activation is about to be read by linears, and ends where the next one
+is. When a stage begins, the inputs of its linears are at hand for every sample, computed by the already
+quantized (or, as an option, the float) stages before it. Its linears are quantized from those statistics;
+only then do the tokens move on through the new weights. Nothing is ever run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from awqc.context import Context
+from awqc.errors import NonFiniteError
+from awqc.flow import op_name
+from awqc.graph import Env, Graph, execute
+from awqc.groups import ScaleGroup, ScaleGroups
+from awqc.views import Linear, linears
+
+#: One sample in this many is held out from every search, to judge what the search proposes.
+HELD_OUT_EVERY = 8
+#: From this width on, only the upper block triangle of a Gram matrix is computed.
+_BLOCKED_GRAM = 1024
+
+
+@dataclass(frozen=True)
+class Observer:
+    """An activation ``(..., K)`` that quantizable linears read.
+
+    Args:
+        node: what computes it.
+        linears: the linears that read it, in execution order.
+        group: the scale group whose scale divides it, if any.
+    """
+
+    node: fx.Node
+    linears: tuple[Linear, ...]
+    group: ScaleGroup | None
+
+    @property
+    def name(self) -> str:
+        """The first linear's name: what the report calls this activation."""
+        return self.linears[0].name
+
+
+@dataclass(frozen=True)
+class Observers:
+    """All observed activations in execution order."""
+
+    observers: tuple[Observer, ...]
+
+    def __iter__(self) -> Iterator[Observer]:
+        return iter(self.observers)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Nodes ``[start, end)`` of the graph and the activations that its linears read."""
+
+    index: int
+    start: int
+    end: int
+    observers: tuple[Observer, ...]
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [view for observer in self.observers for view in observer.linears]
+
+    @property
+    def groups(self) -> list[ScaleGroup]:
+        unique = {id(o.group): o.group for o in self.observers if o.group is not None}
+        return list(unique.values())
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of a graph in execution order."""
+
+    stages: tuple[Stage, ...]
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+
+def place_observers(graph: Graph, kept: Mapping[str, str]) -> Observers:
+    """One observer for every distinct activation that a linear not in ``kept`` reads."""
+    groups = graph.facts[ScaleGroups]
+    readers: dict[fx.Node, list[Linear]] = {}
+    seen: set[str] = set()
+    for view in linears(graph):
+        if view.parameter not in kept and view.parameter not in seen:
+            seen.add(view.parameter)
+            readers.setdefault(view.input, []).append(view)
+    return Observers(tuple(Observer(n, tuple(vs), groups.of(vs[0].parameter)) for n, vs in readers.items()))
+
+
+def split_stages(graph: Graph, observers: Observers) -> Stages:
+    """Cut the graph where a stage's first linear runs; inputs of one group belong to one stage."""
+    order = graph.order()
+    by_group: dict[int, list[Observer]] = {}
+    for observer in observers:
+        key = id(observer.group) if observer.group is not None else id(observer)
+        by_group.setdefault(key, []).append(observer)
+    starts = sorted(
+        (min(order[view.node] for o in members for view in o.linears), members) for members in by_group.values()
+    )
+    ends = [start for start, _ in starts[1:]] + [order[graph.output]]
+    return Stages(
+        tuple(
+            Stage(i, start, end, tuple(members))
+            for i, ((start, members), end) in enumerate(zip(starts, ends, strict=True))
+        )
+    )
+
+
+@dataclass
+class InputStatistics:
+    """What is known of one activation ``x`` over the calibration tokens.
+
+    Args:
+        gram: ``(K, K)`` sum of ``x x^T`` over the tokens that searches may use, float32.
+        held_out: ``(K, K)`` the same over tokens that searches never see.
+        mean_abs: ``(K,)`` mean of ``|x|`` over the search tokens.
+        tokens, held_out_tokens: how many of each.
+    """
+
+    gram: Tensor
+    held_out: Tensor
+    mean_abs: Tensor
+    tokens: int = 0
+    held_out_tokens: int = 0
+
+    @staticmethod
+    def empty(width: int, device: torch.device) -> InputStatistics:
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float32, device=device)
+
+        return InputStatistics(zeros(width, width), zeros(width, width), zeros(width))
+
+    def add(self, x: Tensor, held_out: bool) -> None:
+        """Account for activations ``(tokens, K)``."""
+        x = x.float()
+        if held_out:
+            _add_gram(self.held_out, x)
+            self.held_out_tokens += len(x)
+        else:
+            _add_gram(self.gram, x)
+            self.mean_abs += x.abs().sum(0)
+            self.tokens += len(x)
+
+    def finish(self) -> None:
+        """Complete the symmetric halves and turn sums into means."""
+        for gram in (self.gram, self.held_out):
+            gram.copy_(torch.triu(gram) + torch.triu(gram, 1).T)
+        self.mean_abs /= max(self.tokens, 1)
+
+    def fold(self, divisor: Tensor) -> None:
+        """The statistics of ``x / divisor``: ``H -> diag(1/s) H diag(1/s)``, exact."""
+        for gram in (self.gram, self.held_out):
+            gram.div_(divisor[:, None]).div_(divisor)
+        self.mean_abs /= divisor
+
+
+def _add_gram(gram: Tensor, x: Tensor) -> None:
+    width = gram.shape[0]
+    step = -(-width // 4) if width >= _BLOCKED_GRAM else width
+    for i in range(0, width, step):
+        gram[i : i + step, i:].addmm_(x[:, i : i + step].T, x[:, i:])
+
+
+class Statistics(dict[fx.Node, InputStatistics]):
+    """Statistics of a stage's activations, by observed node."""
+
+    def fold(self, group: ScaleGroup, scales: Tensor) -> None:
+        """Follow the fold of ``scales`` into ``group``."""
+        for node, statistics in self.items():
+            divisor = group.scale_of(node, scales)
+            if divisor is not None:
+                statistics.fold(divisor.reshape(-1).expand(statistics.mean_abs.shape).float())
+
+
+@dataclass
+class Activations:
+    """The calibration samples on their way through the graph: live values at the current stage.
+
+    Args:
+        graph: the graph they move through.
+        stages: its stages.
+        context: holds the calibration batches.
+    """
+
+    graph: Graph
+    stages: Stages
+    context: Context
+    samples: list[Env] = field(default_factory=list)
+    #: every value of the first sample that a later check may need
+    history: Env = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._nodes = self.graph.nodes
+        self._order = self.graph.order()
+        self._weight_only = weight_only(self.graph)
+        self._static: Env = {}
+        self._position = 0
+        self._run_static()
+        self.samples = [
+            {n: batch[str(n.target)].to(self.graph.weights.device) for n in self.graph.inputs}
+            for batch in self.context.batches
+        ]
+        self._move(self.stages.stages[0].start if self.stages.stages else 0)
+
+    def advance(self, stage: Stage) -> None:
+        """Run ``stage`` on every sample with the current weights; a second call does nothing."""
+        if self._position == stage.start:
+            self._move(stage.end if stage is not self.stages.stages[-1] else stage.start)
+
+    def observe(self, stage: Stage) -> Statistics:
+        """Statistics of the stage's activations over all samples.
+
+        Raises:
+            NonFiniteError: if one of them is NaN or Inf; names the first op that made it so.
+        """
+        statistics = Statistics()
+        for observer in stage.observers:
+            width = observer.linears[0].in_features
+            statistics[observer.node] = InputStatistics.empty(width, self.graph.weights.device)
+        nodes = [o.node for o in stage.observers]
+        for index, sample in enumerate(self.samples):
+            values = self.evaluate(nodes, sample)
+            for node in nodes:
+                x = values[node].reshape(-1, statistics[node].mean_abs.shape[0])
+                for rows, held_out in _split(x, index, len(self.samples)):
+                    statistics[node].add(rows, held_out)
+        for node, found in statistics.items():
+            found.finish()
+            if not bool(torch.isfinite(found.mean_abs.sum() + found.gram.diagonal().sum())):
+                self._raise_non_finite(node)
+        return statistics
+
+    def fold(self, group: ScaleGroup, scales: Tensor) -> None:
+        """Follow the fold of ``scales`` into ``group``: values computed before it are divided alike."""
+        for env in [*self.samples, self.history]:
+            for node in list(env):
+                divisor = group.scale_of(node, scales)
+                if divisor is not None:
+                    env[node] = env[node] / divisor.to(env[node].dtype)
+
+    def evaluate(self, wanted: Iterable[fx.Node], known: Env) -> Env:
+        """Values of ``wanted``, computed from ``known`` and the current weights where they are missing."""
+        wanted = list(wanted)
+        env = {**self._static, **known}
+        execute(_missing(wanted, env, self._order), env, self.graph.weights, keep=[*wanted, *known])
+        return {node: env[node] for node in wanted}
+
+    def _run_static(self) -> None:
+        """Masks, positions, rotations: the same for every sample, so computed once and shared."""
+        varying = dependent_on(self.graph, lambda n: n.op == "placeholder")
+        nodes = [n for n in self._nodes if n.op == "call_function" and n not in varying | self._weight_only]
+        execute(nodes, self._static, self.graph.weights)
+
+    def _move(self, end: int) -> None:
+        start, self._position = self._position, end
+        run = [
+            n for n in self._nodes[start:end]
+            if n.op == "call_function" and n not in self._static and n not in self._weight_only
+        ]
+        before = {operand for n in run for operand in n.all_input_nodes if operand in self._weight_only}
+        run = sorted({*run, *_missing(before, {}, self._order)}, key=self._order.__getitem__)
+        keep = self._live(end)
+        for index, sample in enumerate(self.samples):
+            env = {**self._static, **sample}
+            execute(run, env, self.graph.weights, keep=None if index == 0 else keep)
+            if index == 0:
+                self.history.update({n: env[n] for n in (*sample, *run) if n not in self._weight_only})
+            self.samples[index] = {n: env[n] for n in keep if n not in self._static}
+        self._prune_history(end)
+
+    def _live(self, position: int) -> list[fx.Node]:
+        order = self._order
+        return [
+            n for n in self._nodes[:position]
+            if n.op in ("call_function", "placeholder")
+            and n not in self._weight_only
+            and any(order[u] >= position for u in n.users)
+        ]
+
+    def _prune_history(self, position: int) -> None:
+        """Keep what a check of a later stage can need: from the first value that a group scales on."""
+        horizon = min(
+            (self._order[n] for s in self.stages if s.start >= position for g in s.groups for n in g.values
+             if n not in self._weight_only and n.op == "call_function"),
+            default=len(self._order),
+        )
+        self.history = {
+            n: v for n, v in self.history.items() if any(self._order[u] >= horizon for u in n.users)
+        }
+
+    def _raise_non_finite(self, observed: fx.Node) -> None:
+        found: list[fx.Node] = []
+
+        def watch(node: fx.Node, value: object) -> None:
+            if not found and isinstance(value, Tensor) and value.is_floating_point():
+                # -inf is how masks say "never": only NaN, or Inf in what is observed, is a fault.
+                bad = value.isnan().any() | (value == float("inf")).any()
+                if bool(bad):
+                    found.append(node)
+
+        for index, batch in enumerate(self.context.batches):
+            env: Env = {n: batch[str(n.target)].to(self.graph.weights.device) for n in self.graph.inputs}
+            upto = self._nodes[: self._order[observed] + 1]
+            execute(upto, env, self.graph.weights, keep=[observed], tap=watch)
+            if found:
+                node = found[0]
+                raise NonFiniteError(
+                    f"calibration sample {index} makes activation {observed.name!r} NaN or Inf; the first op to do "
+                    f"so is {op_name(node)} ({node.name}): check the weights it reads, or compile in a wider dtype"
+                )
+        raise NonFiniteError(
+            f"the statistics of activation {observed.name!r} overflow float32: its values are too large to square"
+        )
+
+
+def weight_only(graph: Graph) -> set[fx.Node]:
+    """Nodes that depend on parameters that passes may change, and on no input."""
+    changeable = {view.parameter for view in linears(graph)}
+    if ScaleGroups in graph.facts:
+        changeable |= {part.parameter for group in graph.facts[ScaleGroups] for part in group.parts}
+    on_inputs = dependent_on(graph, lambda n: n.op == "placeholder")
+    on_weights = dependent_on(graph, lambda n: n.op == "get_attr" and str(n.target) in changeable)
+    return {n for n in on_weights - on_inputs if n.op == "call_function"}
+
+
+def dependent_on(graph: Graph, source: object) -> set[fx.Node]:
+    """All nodes for which ``source(node)`` holds, and everything computed from them."""
+    assert callable(source)
+    found: set[fx.Node] = set()
+    for node in graph.fx.nodes:
+        if source(node) or any(operand in found for operand in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _missing(wanted: Iterable[fx.Node], env: Env, order: Mapping[fx.Node, int]) -> list[fx.Node]:
+    """Nodes to run, in order, so that every wanted value exists."""
+    needed: set[fx.Node] = set()
+    queue: list[fx.Node] = list(wanted)
+    while queue:
+        node = queue.pop()
+        if node in env or node in needed or node.op != "call_function":
+            continue
+        needed.add(node)
+        queue.extend(node.all_input_nodes)
+    return sorted(needed, key=order.__getitem__)
+
+
+def _split(x: Tensor, index: int, count: int) -> Sequence[tuple[Tensor, bool]]:
+    """Rows of one sample with whether they are held out; a lone sample gives up its last rows."""
+    if count == 1:
+        cut = max(1, len(x) - max(1, len(x) // HELD_OUT_EVERY))
+        return [(x[:cut], False), (x[cut:], True)] if cut < len(x) else [(x, False), (x, True)]
+    every = min(HELD_OUT_EVERY, count)
+    return [(x, index % every == every - 1)]

@@ -1,0 +1,57 @@
+"""Options of a compile."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from awqc.errors import ConfigError
+from awqc.quantized import Scheme
+
+Propagate = Literal["quantized", "float"]
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a model is quantized.
+
+    Args:
+        bits: width of a code, 2 to 8.
+        group_size: input channels that share a scale; -1 for whole rows.
+        zero_point: asymmetric groups (True) or symmetric ones.
+        propagate: what later stages see while they are calibrated: the outputs of the quantized stages
+            before them, or those of the float model.
+        keep: linears to leave in float, by name or shell-style pattern (``"*.down_proj"``).
+        quantize_head: also quantize the linear that computes the model's output.
+        seed: of everything random.
+
+    Raises:
+        ConfigError: if a field is out of range.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    zero_point: bool = True
+    propagate: Propagate = "quantized"
+    keep: tuple[str, ...] = ()
+    quantize_head: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        Scheme(self.bits, self.group_size, self.zero_point)
+        if self.propagate not in get_args(Propagate):
+            raise ConfigError(f"propagate={self.propagate!r}: choose 'quantized' or 'float'")
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of linears that no pass singles out."""
+        return Scheme(self.bits, self.group_size, self.zero_point)
+
+    def keeps(self, name: str) -> str | None:
+        """The pattern of ``keep`` that matches the linear ``name``, if any."""
+        return next((p for p in self.keep if fnmatchcase(name, p)), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)

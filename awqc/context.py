@@ -1,0 +1,51 @@
+"""What passes share while one compile runs: options, calibration batches, the report, the current stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from torch import Tensor
+
+from awqc.config import QuantConfig
+from awqc.report import Report
+
+if TYPE_CHECKING:
+    from awqc.calibrate import Stage
+
+T = TypeVar("T")
+
+
+class Progress(Protocol):
+    """How a long loop shows where it is; the command line draws bars, the library stays silent."""
+
+    def track(self, items: Sequence[T], what: str) -> Iterable[T]:
+        """``items`` in order; ``what`` names the work."""
+        ...
+
+
+class Silent:
+    """No progress shown."""
+
+    def track(self, items: Sequence[T], what: str) -> Iterable[T]:
+        return items
+
+
+@dataclass
+class Context:
+    """One compile.
+
+    Args:
+        config: the user's options.
+        batches: calibration inputs by argument name, each of the shape the graph was captured with.
+        report: where passes record what they did.
+        progress: how long loops show themselves.
+        stage: the stage being processed by stage passes.
+    """
+
+    config: QuantConfig
+    batches: Sequence[Mapping[str, Tensor]] = ()
+    report: Report = field(default_factory=Report)
+    progress: Progress = field(default_factory=Silent)
+    stage: Stage | None = None

@@ -1,0 +1,43 @@
+"""The order of passes, top to bottom."""
+
+from __future__ import annotations
+
+from awqc.passes.calibrate import Calibrate
+from awqc.passes.canonicalize import Canonicalize
+from awqc.passes.clip_weights import ClipWeights
+from awqc.passes.find_scale_groups import FindScaleGroups
+from awqc.passes.fold_constants import FoldConstants
+from awqc.passes.fold_scales import FoldScales
+from awqc.passes.insert_observers import InsertObservers
+from awqc.passes.lower import Lower
+from awqc.passes.quantize_linears import QuantizeLinears
+from awqc.passes.round_weights import RoundWeights
+from awqc.passes.search_scales import SearchScales
+from awqc.pipeline import Pipeline
+
+
+def default_pipeline() -> Pipeline:
+    """Passes of :func:`awqc.compile`."""
+    return Pipeline(
+        (
+            # once, over the whole graph
+            Canonicalize(),
+            FoldConstants(),
+            FindScaleGroups(),
+            InsertObservers(),
+            # stage by stage, while the calibration tokens move through
+            Calibrate(),
+            SearchScales(),
+            FoldScales(),
+            ClipWeights(),
+            RoundWeights(),
+            # once, over the whole graph
+            QuantizeLinears(),
+            Lower(),
+        )
+    )
+
+
+def analysis_pipeline() -> Pipeline:
+    """Passes of :func:`awqc.analyze`: those that need no weights."""
+    return Pipeline((Canonicalize(), FoldConstants(), FindScaleGroups(proof=False)))

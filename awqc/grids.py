@@ -1,0 +1,9 @@
+"""The grid that each linear's codes will lie on, chosen before any rounding."""
+
+from __future__ import annotations
+
+from awqc.quantized import Grid
+
+
+class Grids(dict[str, Grid]):
+    """Grid by weight parameter name; a linear without one is rounded on its min-max grid."""

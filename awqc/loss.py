@@ -1,0 +1,45 @@
+"""The exact loss of replacing a weight, from the Gram matrix of its inputs.
+
+For ``y = W x`` over calibration tokens, ``sum ||(W' - W) x||^2 = tr(E H E^T)`` with ``E = W' - W`` and
+``H = sum x x^T``: every token counts, and the cost does not depend on how many there were.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def output_loss(error: Tensor, gram: Tensor) -> Tensor:
+    """``tr(E H E^T)`` for ``E`` ``(..., N, K)`` and ``H`` ``(K, K)``; shape ``(...)``."""
+    return ((error @ gram) * error).sum((-2, -1))
+
+
+def row_losses(error: Tensor, gram: Tensor) -> Tensor:
+    """The same per output channel: ``(N,)``."""
+    return ((error @ gram) * error).sum(-1)
+
+
+def group_losses(error: Tensor, gram_blocks: Tensor) -> Tensor:
+    """Loss of every quantization group on its own: ``e_g^T H_gg e_g``.
+
+    Args:
+        error: ``(N, G, g)``.
+        gram_blocks: ``(G, g, g)`` diagonal blocks of the Gram matrix.
+
+    Returns:
+        ``(N, G)``.
+    """
+    by_group = error.transpose(0, 1)  # (G, N, g): one matrix product a group
+    return ((by_group @ gram_blocks) * by_group).sum(-1).T
+
+
+def gram_blocks(gram: Tensor, group: int) -> Tensor:
+    """The diagonal blocks of ``gram`` ``(K, K)``, one a group: ``(G, g, g)``; a ragged last one is padded
+    with zeros."""
+    width = gram.shape[0]
+    count = -(-width // group)
+    blocks = gram.new_zeros(count, group, group)
+    for g in range(count):
+        block = gram[g * group : (g + 1) * group, g * group : (g + 1) * group]
+        blocks[g, : block.shape[0], : block.shape[1]] = block
+    return blocks

@@ -1,0 +1,140 @@
+"""The report: every linear's decision with its reason, every group's choice, every pass's seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Decision = Literal["quantized", "kept", "refused"]
+
+
+@dataclass
+class LinearRow:
+    """What happened to one linear.
+
+    Args:
+        name: module name.
+        out_features, in_features: ``N``, ``K``.
+        decision: quantized, kept in float because the user or a rule says so, or refused by awqc.
+        reason: why it is kept or refused; empty when quantized.
+        scheme: bits, group size and symmetry, readable.
+        group: the scale group it belongs to, or None.
+        no_group: why it has none.
+        nearest_error: relative output error of round-to-nearest on held-out tokens,
+            ``tr(E H E^T) / tr(W H W^T)``.
+        error: the same of what was stored.
+        clipped: mean share of each group's range that clipping cut off.
+        rounding: how codes were chosen: ``nearest`` or ``compensated``.
+        backend: what runs it.
+        notes: approximations and fallbacks.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    decision: Decision = "kept"
+    reason: str = ""
+    scheme: str = ""
+    group: str | None = None
+    no_group: str = ""
+    nearest_error: float | None = None
+    error: float | None = None
+    clipped: float | None = None
+    rounding: str = ""
+    backend: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass
+class GroupRow:
+    """What the scale search chose for one group.
+
+    Args:
+        name: the producer the group is named after.
+        linears: names of the linears that undo the scale.
+        channels, alive: length of the scale vector, and how many of its channels may differ from 1.
+        family, ratio: the candidate that was applied; ``identity`` and 0 when nothing was.
+        applied: whether a scale was folded.
+        gain: relative decrease of the held-out loss against the identity scale.
+        curve: (family, ratio, search loss relative to identity) over the grid.
+        tokens, held_out_tokens: what the decision rests on.
+    """
+
+    name: str
+    linears: list[str]
+    channels: int
+    alive: int
+    family: str = "identity"
+    ratio: float = 0.0
+    applied: bool = False
+    gain: float = 0.0
+    curve: list[tuple[str, float, float]] = field(default_factory=list)
+    tokens: int = 0
+    held_out_tokens: int = 0
+
+
+@dataclass
+class Report:
+    """Everything a compile decided and why; :meth:`as_dict` for JSON, :func:`awqc.tables.tables` to read.
+
+    Args:
+        capture: rung, checks and notes of the capture.
+        calibration: source, samples, sequence length, tokens used and dropped.
+        config: the options.
+        linears: one row a linear, in the order of the graph.
+        groups: one row a scale group.
+        proof: largest relative error of the random-scale proof in float64, and the groups it covered.
+        seconds: wall time by pass, in the order they ran.
+        notes: (where, what) of everything that was skipped, refused or approximated.
+        sizes: bytes of the linears' weights before and after, and of the whole model.
+    """
+
+    capture: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    linears: dict[str, LinearRow] = field(default_factory=dict)
+    groups: dict[str, GroupRow] = field(default_factory=dict)
+    proof: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        """Account for wall time spent in ``name``."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def note(self, where: str, what: str) -> None:
+        """Record something skipped, refused or approximated; said once."""
+        if (where, what) not in self.notes:
+            self.notes.append((where, what))
+
+    def quantized(self) -> Iterator[LinearRow]:
+        return (row for row in self.linears.values() if row.decision == "quantized")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        """The report that :meth:`to_json` wrote."""
+        values = json.loads(text)
+        rest = {k: v for k, v in values.items() if k not in ("linears", "groups", "notes")}
+        return Report(
+            linears={k: LinearRow(**v) for k, v in values.get("linears", {}).items()},
+            groups={
+                k: GroupRow(**{**v, "curve": [tuple(c) for c in v["curve"]]})
+                for k, v in values.get("groups", {}).items()
+            },
+            notes=[(where, what) for where, what in values.get("notes", [])],
+            **rest,
+        )

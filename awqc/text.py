@@ -1,0 +1,73 @@
+"""A graph as stable text, and the difference between two such texts."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+if TYPE_CHECKING:
+    from awqc.graph import Graph
+
+_DTYPES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
+
+
+def graph_text(graph: Graph) -> str:
+    """One line a node: ``name: f32[1, 16, 64] = aten.linear(x, model.q.weight)``."""
+    return "\n".join(_line(node) for node in graph.fx.nodes) + "\n"
+
+
+def diff_text(before: str, after: str) -> str:
+    """Unified diff of two graph texts without file headers; empty if they are equal."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=2)
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++")))
+
+
+def _line(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {_value(node.args[0])}"
+    kind = _type(node.meta.get("val"))
+    if node.op == "placeholder":
+        return f"{node.name}: {kind} = input"
+    if node.op == "get_attr":
+        return f"{node.target}: {kind} = parameter"
+    arguments = [_value(a) for a in node.args] + [f"{k}={_value(v)}" for k, v in node.kwargs.items()]
+    return f"{node.name}: {kind} = {_op(node)}({', '.join(arguments)})"
+
+
+def _op(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target)
+        return name.removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(_type(v) for v in value)})"
+    return "?"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return str(value.target) if value.op == "get_attr" else value.name
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(_value(v) for v in value)
+        return f"[{inner}]"
+    if isinstance(value, torch.dtype):
+        return _DTYPES.get(value, str(value))
+    return str(value)

@@ -1,0 +1,115 @@
+"""Checks that hold a pass to its promise of an equal function, by running the graph before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from awqc.calibrate import Activations, Stage, weight_only
+from awqc.capture import relative_error
+from awqc.context import Context
+from awqc.errors import VerifyError
+from awqc.graph import Env, Graph
+
+
+@dataclass
+class GraphCheck:
+    """Compares the outputs of the whole graph on the first calibration batch."""
+
+    graph: Graph
+    context: Context
+    _expected: list[Tensor] | None = None
+    _state: tuple[int, int] = (-1, -1)
+
+    def before(self) -> None:
+        """Run the graph, unless nothing changed since it last ran."""
+        if self._expected is None or self._state != self._now():
+            self._expected, self._state = self._run(), self._now()
+
+    def after(self, name: str) -> None:
+        """Run it again and compare.
+
+        Raises:
+            VerifyError: naming the pass, the output and the size of the error.
+        """
+        if self._state == self._now() or self._expected is None:
+            return
+        found = self._run()
+        bound = _bound(self.graph)
+        for i, (a, b) in enumerate(zip(found, self._expected, strict=True)):
+            error = relative_error(a, b)
+            if not error <= bound:
+                raise VerifyError(
+                    f"pass {name!r} promises an equal function but changed output {i} of the graph by "
+                    f"{error:.1e} (relative; rounding explains {bound:.1e})"
+                )
+        self._expected, self._state = found, self._now()
+
+    def _run(self) -> list[Tensor]:
+        return self.graph.run(self.context.batches[0]) if self.context.batches else []
+
+    def _now(self) -> tuple[int, int]:
+        return self.graph.version, self.graph.weights.version
+
+
+@dataclass
+class StageCheck:
+    """Compares what a stage's linears, and every other reader of its scaled tensors, compute.
+
+    Only nodes that a fold can reach are run, on the first sample: from the first value that a group of
+    the stage divides to the first values that must no longer notice.
+    """
+
+    graph: Graph
+    stage: Stage
+    activations: Activations
+    _wanted: list[fx.Node] = field(default_factory=list)
+    _expected: Env = field(default_factory=dict)
+    _version: int = -1
+
+    def __post_init__(self) -> None:
+        constant = weight_only(self.graph)
+        self._tainted = {n for g in self.stage.groups for n in g.values if n not in constant}
+        frontier = {u for n in self._tainted for u in n.users if u not in self._tainted and u.op == "call_function"}
+        frontier |= {view.node for view in self.stage.linears}
+        self._wanted = sorted(frontier, key=self.graph.order().__getitem__)
+
+    def before(self) -> None:
+        """Run, unless no weight changed since the last run."""
+        if self._version != self.graph.weights.version:
+            self._expected, self._version = self._run(), self.graph.weights.version
+
+    def after(self, name: str) -> None:
+        """Run again and compare.
+
+        Raises:
+            VerifyError: naming the pass, the tensor and the size of the error.
+        """
+        if self._version == self.graph.weights.version:
+            return
+        found, bound = self._run(), _bound(self.graph) + self._stored_rounding()
+        for node in self._wanted:
+            error = relative_error(found[node], self._expected[node])
+            if not error <= bound:
+                raise VerifyError(
+                    f"pass {name!r} promises an equal function but changed tensor {node.name!r} by {error:.1e} "
+                    f"(relative; rounding explains {bound:.1e}); leave it out with AWQC_SKIP={name} to go on"
+                )
+        self._expected, self._version = found, self.graph.weights.version
+
+    def _run(self) -> Env:
+        known = {n: v for n, v in self.activations.history.items() if n not in self._tainted}
+        return self.activations.evaluate(self._wanted, known)
+
+    def _stored_rounding(self) -> float:
+        """A producer that is already quantized rounds its folded scales to half precision."""
+        producers = [p for g in self.stage.groups for p in g.producers]
+        rounded = any(self.graph.weights.rounded(p.parameter) is not None for p in producers)
+        return 2.0**-10 if rounded else 0.0
+
+
+def _bound(graph: Graph) -> float:
+    dtype = graph.weights.dtype or torch.float32
+    return 64 * len(graph.nodes) ** 0.5 * torch.finfo(dtype).eps

@@ -1,0 +1,41 @@
+"""Observe the inputs of a stage's linears over every calibration token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from awqc.calibrate import Activations, Observers, Stages, Statistics
+from awqc.context import Context
+from awqc.graph import Graph
+from awqc.loss import output_loss
+from awqc.pipeline import Pass
+from awqc.quantized import minmax_grid
+from awqc.schemes import Schemes
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Gram matrix and mean magnitude of each activation that the stage's linears read."""
+
+    name: ClassVar[str] = "calibrate"
+    scope: ClassVar = "stage"
+    requires: ClassVar[tuple[type, ...]] = (Observers, Stages, Schemes)
+    provides: ClassVar[tuple[type, ...]] = (Statistics,)
+
+    def run(self, graph: Graph, context: Context) -> None:
+        assert context.stage is not None
+        statistics = graph.facts[Activations].observe(context.stage)
+        graph.facts[Statistics] = statistics
+        schemes = graph.facts[Schemes]
+        for observer in context.stage.observers:
+            found = statistics[observer.node]
+            if observer.group is not None:
+                row = context.report.groups[observer.group.name]
+                row.tokens, row.held_out_tokens = found.tokens, found.held_out_tokens
+            for view in observer.linears:
+                # The yardstick of everything that follows: round-to-nearest, before anything is changed.
+                weight = view.weight(graph.weights[view.parameter]).float()
+                error = minmax_grid(weight, schemes[view.parameter]).nearest(weight) - weight
+                scale = float(output_loss(weight, found.held_out)) or 1.0
+                context.report.linears[view.parameter].nearest_error = float(output_loss(error, found.held_out)) / scale

@@ -1,0 +1,124 @@
+"""Give every linear-like op one form, and drop what computes nothing.
+
+    addmm(b, x, W)  with W (K, N)   ->  linear(x, permute(W), b)
+    mm/matmul(x, W)                 ->  linear(x, permute(W))
+    matmul(x, permute(W))           ->  linear(x, W)
+    to(x, dtype of x), alias, detach ->  x
+    _assert_tensor_metadata(...)    ->  (gone)
+
+``W`` must be a parameter (or its transpose) and two-dimensional: then ``x @ W`` is the linear it says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from awqc.context import Context
+from awqc.graph import Graph
+from awqc.pipeline import Pass
+from awqc.views import TRANSPOSES, dtype, operand, shape
+
+aten = torch.ops.aten
+
+_NO_EFFECT = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+}
+_SAME = {aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default}
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default}
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """One form for linears; casts, aliases and asserts without effect removed."""
+
+    name: ClassVar[str] = "canonicalize"
+
+    def run(self, graph: Graph, context: Context) -> None:
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            if node.target in _NO_EFFECT:
+                graph.fx.erase_node(node)
+            elif _is_identity(node):
+                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                graph.fx.erase_node(node)
+            elif node.target in (aten.addmm.default, aten.mm.default, aten.matmul.default):
+                _to_linear(graph.fx, node)
+        _merge_weight_expressions(graph)
+        graph.fx.eliminate_dead_code()
+        graph.changed()
+
+
+def _is_identity(node: fx.Node) -> bool:
+    if node.target in _SAME:
+        return True
+    source = node.args[0] if node.args else None
+    if node.target not in _CASTS or not isinstance(source, fx.Node):
+        return False
+    before, after = source.meta["val"], node.meta["val"]
+    return bool(before.dtype == after.dtype and before.device == after.device)
+
+
+def _to_linear(nodes: fx.Graph, node: fx.Node) -> None:
+    bias, x, weight = None, node.args[0], node.args[1]
+    if node.target is aten.addmm.default:
+        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+            return
+        bias, x, weight = node.args[:3]
+        if not isinstance(bias, fx.Node) or len(shape(bias)) != 1 or bias.op != "get_attr":
+            return
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or len(shape(weight)) != 2:
+        return
+    if len(shape(x)) < 2 or not _is_parameter(weight):
+        return
+    with nodes.inserting_before(node):
+        stored = _transposed(nodes, weight)
+        new = nodes.call_function(aten.linear.default, (x, stored) if bias is None else (x, stored, bias))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    nodes.erase_node(node)
+
+
+def _is_parameter(weight: fx.Node) -> bool:
+    if weight.op == "get_attr":
+        return True
+    source = operand(weight, 0)
+    return weight.target in TRANSPOSES and isinstance(source, fx.Node) and source.op == "get_attr"
+
+
+def _transposed(nodes: fx.Graph, weight: fx.Node) -> fx.Node:
+    """``weight`` (K, N) as the (N, K) that ``linear`` takes."""
+    if weight.op != "get_attr":
+        source = weight.args[0]
+        assert isinstance(source, fx.Node)
+        return source
+    node = nodes.call_function(aten.permute.default, (weight, [1, 0]))
+    node.meta["val"] = weight.meta["val"].t()
+    return node
+
+
+def _merge_weight_expressions(graph: Graph) -> None:
+    """Equal expressions of parameters become one node, so that each is changed in one place."""
+    seen: dict[object, fx.Node] = {}
+    weight_only: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            weight_only.add(node)
+        operands = node.all_input_nodes
+        if node.op != "call_function" or not operands or not all(n in weight_only for n in operands):
+            continue
+        if not isinstance(node.meta["val"], torch.Tensor):
+            continue
+        weight_only.add(node)
+        key = (node.target, str(node.args), str(node.kwargs), dtype(node))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.fx.erase_node(node)
+        else:
+            seen[key] = node

@@ -1,0 +1,38 @@
+"""Fold the chosen scales: ``W <- W diag(s)``, and whatever produces the input is divided by ``s``.
+
+Equal by construction of the groups, and held to it: the linears' outputs on calibration tokens are
+compared before and after. Values and statistics that were computed before the fold follow it exactly
+(``x -> x / s``, ``H -> diag(1/s) H diag(1/s)``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from awqc.calibrate import Activations, Statistics
+from awqc.context import Context
+from awqc.graph import Graph
+from awqc.pipeline import Pass
+from awqc.scales import Scales
+
+
+@dataclass(frozen=True)
+class FoldScales(Pass):
+    """Apply the scales of the stage's groups to all their producers and consumers."""
+
+    name: ClassVar[str] = "fold-scales"
+    scope: ClassVar = "stage"
+    requires: ClassVar[tuple[type, ...]] = (Scales, Statistics)
+    consumes: ClassVar[tuple[type, ...]] = (Scales,)
+
+    def run(self, graph: Graph, context: Context) -> None:
+        assert context.stage is not None
+        scales = graph.facts[Scales]
+        for group in context.stage.groups:
+            chosen = scales.get(group.name)
+            if chosen is None:
+                continue
+            group.fold(chosen, graph.weights)
+            graph.facts[Activations].fold(group, chosen)
+            graph.facts[Statistics].fold(group, chosen)

@@ -1,0 +1,80 @@
+"""Decide what is observed: every activation that a linear to be quantized reads.
+
+Also decides, and reports, which linears are kept in float: those the user named, and the one that
+computes the model's output (its error is not averaged by anything after it) unless asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from awqc.calibrate import Observers, Stages, place_observers, split_stages
+from awqc.config import QuantConfig
+from awqc.context import Context
+from awqc.errors import ConfigError
+from awqc.graph import Graph
+from awqc.groups import ScaleGroups
+from awqc.pipeline import Pass
+from awqc.report import GroupRow, LinearRow
+from awqc.schemes import Schemes
+from awqc.views import Linear, linears
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Observers, stages and the scheme of every linear."""
+
+    name: ClassVar[str] = "insert-observers"
+    requires: ClassVar[tuple[type, ...]] = (ScaleGroups,)
+    provides: ClassVar[tuple[type, ...]] = (Observers, Stages, Schemes)
+
+    def run(self, graph: Graph, context: Context) -> None:
+        views = {view.parameter: view for view in linears(graph)}
+        groups, config = graph.facts[ScaleGroups], context.config
+        kept = {p: why for p, view in views.items() if (why := _why_kept(graph, view, config)) is not None}
+        _check_group_size([v for p, v in views.items() if p not in kept], config)
+        graph.facts[Schemes] = Schemes({p: config.scheme for p in views if p not in kept})
+        graph.facts[Observers] = place_observers(graph, kept)
+        graph.facts[Stages] = split_stages(graph, graph.facts[Observers])
+        for parameter, view in views.items():
+            group = groups.of(parameter)
+            context.report.linears[parameter] = LinearRow(
+                view.name,
+                view.out_features,
+                view.in_features,
+                "kept" if parameter in kept else "quantized",
+                kept.get(parameter, ""),
+                scheme="" if parameter in kept else str(config.scheme),
+                group=group.name if group else None,
+                no_group=groups.refusals.get(parameter, ""),
+            )
+        for group in groups:
+            names = [views[p].name for p in group.linears]
+            context.report.groups[group.name] = GroupRow(
+                group.name, names, group.channels, int(group.alive.sum())
+            )
+
+
+def _why_kept(graph: Graph, view: Linear, config: QuantConfig) -> str | None:
+    pattern = config.keeps(view.name)
+    if pattern is not None:
+        return f"matches keep pattern {pattern!r}"
+    if not config.quantize_head and any(user.op == "output" for user in view.node.users):
+        return "computes the model's output (quantize_head=True quantizes it)"
+    attr = graph.parameters()[view.parameter]
+    readers = [user.name for user in attr.users if user not in (view.node, view.node.args[1])]
+    if readers:
+        return f"its weight is also read by {readers[0]}, so it must stay in float"
+    return None
+
+
+def _check_group_size(views: list[Linear], config: QuantConfig) -> None:
+    size = config.group_size
+    widths = sorted({view.in_features for view in views})
+    if size != -1 and widths and not any(width % size == 0 for width in widths):
+        fits = [str(g) for g in (32, 64, 128, 256) if any(w % g == 0 for w in widths)]
+        raise ConfigError(
+            f"group_size={size} divides the input width of none of the {len(views)} linears "
+            f"({', '.join(map(str, widths))}): use {', '.join([*fits, '-1 (whole rows)'])}"
+        )

@@ -1,0 +1,62 @@
+"""Replace every rounded linear by the canonical quantized op.
+
+    aten.linear(x, W, b)  ->  awqc.qlinear(x, codes, scales, zeros, b, group_size)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from awqc.context import Context
+from awqc.graph import Graph
+from awqc.kernels import qlinear as _qlinear  # noqa: F401  defines the op
+from awqc.lowered import QuantizedLinears
+from awqc.pipeline import Pass
+from awqc.views import linears
+
+
+@dataclass(frozen=True)
+class QuantizeLinears(Pass):
+    """From here on the graph holds codes, scales and zero points instead of weights."""
+
+    name: ClassVar[str] = "quantize-linears"
+    provides: ClassVar[tuple[type, ...]] = (QuantizedLinears,)
+    output: ClassVar = "lossy"
+
+    def run(self, graph: Graph, context: Context) -> None:
+        found = QuantizedLinears()
+        for view in list(linears(graph)):
+            rounded = graph.weights.rounded(view.parameter)
+            if rounded is None:
+                continue
+            weight = rounded.weight
+            operands = [
+                parameter(graph, f"{view.name}.{part}", getattr(weight, part), before=view.node)
+                for part in ("codes", "scales", "zeros")
+            ]
+            with graph.fx.inserting_before(view.node):
+                node = graph.fx.call_function(
+                    torch.ops.awqc.qlinear.default, (view.x, *operands, view.bias, weight.scheme.group_size)
+                )
+            node.meta = dict(view.node.meta)
+            view.node.replace_all_uses_with(node)
+            graph.fx.erase_node(view.node)
+            found[view.name] = weight
+        graph.fx.eliminate_dead_code()
+        graph.facts[QuantizedLinears] = found
+        graph.changed()
+
+
+def parameter(graph: Graph, name: str, value: Tensor, before: fx.Node) -> fx.Node:
+    """A ``get_attr`` node for a new tensor of the graph."""
+    if name not in graph.weights.names:
+        graph.weights.names.append(name)
+    graph.weights[name] = value
+    with graph.fx.inserting_before(before):
+        node = graph.fx.create_node("get_attr", name, name=name.replace(".", "_"))
+    node.meta["val"] = torch.empty_like(value, device="meta")
+    return node
