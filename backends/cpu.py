@@ -21,7 +21,7 @@ class CpuBackend(Backend):
 
     Args:
         prefill: what serves inputs of more than 8 rows (prompts, batches). The 4-bit kernel costs the same
-            for every row, so that at 32 rows it takes 1.8 times a bfloat16 matmul and at 128 rows 2.5
+            for every row, so that at 32 rows it takes 1.7 times a bfloat16 matmul and at 128 rows 2.5
             times. ``"dense"`` keeps a bfloat16 copy of the weight for them, at 2 bytes a weight on top of
             the half byte of the packed codes: never slower than a bfloat16 linear, and larger than one.
             ``"packed"`` keeps the packed codes alone: a quarter of the memory, slower on long inputs.

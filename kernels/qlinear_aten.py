@@ -17,8 +17,9 @@ from torch import Tensor
 from awqc.kernels.qlinear import LIBRARY, dequantize, group_channels
 from awqc.kernels.registry import register_kernel
 
-#: Most rows for which the 4-bit kernel beats the bfloat16 matmul. It works on tiles of 4 rows: 8 rows cost
-#: 0.79-0.97 of the matmul's time, 9 rows 1.05-1.25 (512x1408 to 11008x4096, one and two AVX512 cores).
+#: Most rows for which the 4-bit kernel is used where there is a choice. It works on tiles of 4 rows. For
+#: 4096x4096 and 11008x4096, 8 rows take 0.79-0.92 of the matmul's time and 9 rows 1.05-1.15 (one and two
+#: AVX512 cores); below 2048x2048 the matmul draws level at 5 to 8 rows, at 0.1 ms and less.
 INT4_ROWS = 8
 #: Group sizes that the 4-bit kernel knows, largest first.
 GROUPS = (256, 128, 64, 32)
