@@ -29,7 +29,7 @@ class Artifact(CheckpointFormat):
     """``X.codes`` ``(N, ceil(K / 8) * bits)`` uint8 and ``X.zeros`` ``(N, ceil(G / 8) * bits)`` uint8, packed
     by :func:`~awqc.checkpoints.packing.pack_bits`; ``X.scales`` ``(N, G)``; ``X.shape`` ``[N, K]``."""
 
-    half_only = False
+    served = False
 
     def refuses(self, out_features: int, in_features: int, scheme: Scheme) -> str | None:
         return None
@@ -45,8 +45,6 @@ class Artifact(CheckpointFormat):
     def quantization_config(
         self, schemes: Mapping[str, Scheme], kept: Sequence[str] = (), head: str | None = None
     ) -> dict[str, Any]:
-        if not schemes:
-            raise CheckpointError("format 'awqc' stores quantized linears and there are none: compile first")
         common = Counter(schemes.values()).most_common(1)[0][0]
         return {
             "quant_method": "awqc",

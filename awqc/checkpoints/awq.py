@@ -50,7 +50,7 @@ class AwqFormat(CheckpointFormat):
     ) -> dict[str, Any]:
         sizes = Counter(scheme.group_size for scheme in schemes.values())
         if len(sizes) != 1:
-            found = ", ".join(f"{size} ({count} linears)" for size, count in sizes.items()) or "no linears"
+            found = ", ".join(f"{size} (in {count} of them)" for size, count in sizes.items())
             raise CheckpointError(
                 f"format 'awq' needs one group_size for all quantized linears, found {found}: compile with "
                 "one group_size, or save as 'compressed-tensors' or 'awqc'"

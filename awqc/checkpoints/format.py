@@ -94,11 +94,12 @@ class LinearReader(ABC):
 class CheckpointFormat(ABC):
     """How one family of checkpoints stores quantized linears. Stateless.
 
-    ``half_only`` says that the engines which read this format compute in float16 or bfloat16 only.
+    ``served`` says that serving engines load this format. They compute in float16 or bfloat16 only, and
+    take every safetensors file in the directory for weights.
     """
 
     name: ClassVar[str] = ""
-    half_only: ClassVar[bool] = True
+    served: ClassVar[bool] = True
 
     @abstractmethod
     def refuses(self, out_features: int, in_features: int, scheme: Scheme) -> str | None:
@@ -116,7 +117,7 @@ class CheckpointFormat(ABC):
         """The value of ``quantization_config`` in config.json.
 
         Args:
-            schemes: scheme of every quantized linear by its full module name.
+            schemes: scheme of every quantized linear by its full module name; at least one.
             kept: full module names of the linears that stay dense.
             head: name of the linear that computes the logits.
 
@@ -181,6 +182,8 @@ def check_format(name: str, linears: Mapping[str, tuple[int, int, Scheme]], head
     Raises:
         CheckpointError: if it cannot; the message names the linear, the limit, and formats that can.
     """
+    if not linears:
+        raise CheckpointError(f"format {name!r} stores quantized linears and there are none: compile first")
     fmt = get_format(name)
     refused = {}
     for linear, (n, k, scheme) in linears.items():

@@ -64,7 +64,7 @@ def write_checkpoint(
         dtype: dtype that config.json states. By default the source's, or float16 where the source's is
             neither float16 nor bfloat16 and the format's engines know no other.
         files_from: model directory whose tokenizer, template, generation and processor files are copied.
-        record: the search that made ``quantized``.
+        record: the search that made ``quantized``; for formats that no engine loads.
         documents: further text files by name, a report for example.
         max_shard_bytes: bytes of tensor data in a shard.
         overwrite: replace a checkpoint that is at ``out``.
@@ -81,6 +81,11 @@ def write_checkpoint(
     check_format(
         format, {name: (*weight.codes.shape, weight.scheme) for name, weight in quantized.items()}, head
     )
+    if record is not None and fmt.served:
+        raise CheckpointError(
+            f"a search record cannot go into format {format!r}, whose engines would take its tensors for "
+            "weights: save it as 'awqc'"
+        )
     settings = _with_dtype(config, fmt, dtype)
     settings["quantization_config"] = fmt.quantization_config(schemes, kept, head)
     with atomic_directory(out, overwrite=overwrite) as directory:
@@ -113,7 +118,7 @@ def _with_dtype(
     config: Mapping[str, Any], fmt: CheckpointFormat, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """A copy of ``config`` that states ``dtype`` in the spelling it uses, in nested model configs too."""
-    if dtype is not None and fmt.half_only and dtype not in _HALF:
+    if dtype is not None and fmt.served and dtype not in _HALF:
         raise CheckpointError(
             f"dtype={dtype} in a checkpoint of format {fmt.name!r}: its engines compute in torch.float16 or "
             "torch.bfloat16 only"
@@ -121,7 +126,7 @@ def _with_dtype(
     copy = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
     parts = [copy, *(value for value in copy.values() if isinstance(value, dict))]
     stated = next((part[key] for part in parts for key in _DTYPE_KEYS if part.get(key)), None)
-    if dtype is None and (not fmt.half_only or stated in ("float16", "bfloat16")):
+    if dtype is None and (not fmt.served or stated in ("float16", "bfloat16")):
         return copy
     name = str(dtype or torch.float16).removeprefix("torch.")
     if stated is None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from awqc.checkpoints import Artifact, Checkpoint, open_checkpoint
+from awqc.checkpoints import Artifact, Checkpoint, check_format, open_checkpoint
 from awqc.errors import CheckpointError
 from awqc.quantized import QuantizedWeight, Scheme
 from tests.checkpoints import specification as spec
@@ -77,7 +77,7 @@ def test_mixed_schemes(tmp_path: Path) -> None:
 
 def test_nothing_quantized() -> None:
     with pytest.raises(CheckpointError) as caught:
-        FORMAT.quantization_config({})
+        check_format("awqc", {})
     assert str(caught.value) == "format 'awqc' stores quantized linears and there are none: compile first"
 
 

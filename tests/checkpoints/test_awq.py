@@ -322,8 +322,8 @@ def test_mixed_group_sizes() -> None:
     with pytest.raises(CheckpointError) as caught:
         check_format("awq", linears)
     assert str(caught.value) == (
-        "format 'awq' needs one group_size for all quantized linears, found 32 (1 linears), 64 (2 linears): "
-        "compile with one group_size, or save as 'compressed-tensors' or 'awqc'"
+        "format 'awq' needs one group_size for all quantized linears, found 32 (in 1 of them), 64 (in 2 of "
+        "them): compile with one group_size, or save as 'compressed-tensors' or 'awqc'"
     )
 
 

@@ -169,6 +169,13 @@ def test_documents_and_record(tmp_path: Path) -> None:
     assert read.ratios == {"g": 0.5}
 
 
+def test_a_record_beside_weights_that_engines_load(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "out", record=SearchRecord({}, "f")) == (
+        "a search record cannot go into format 'awq', whose engines would take its tensors for weights: "
+        "save it as 'awqc'"
+    )
+
+
 @pytest.mark.parametrize("format", ["awq", "compressed-tensors"])
 def test_an_artifact_lowers_to_any_format_without_a_search(tmp_path: Path, format: str) -> None:
     """Written from the artifact or directly, the files are the same, byte for byte."""
