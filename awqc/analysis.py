@@ -60,11 +60,15 @@ class Analysis:
         tensors = dict(named_tensors(model))
         weights = Weights(list(tensors), lambda name: tensors[name].detach(), None, "cpu", aliases(model))
         generator = torch.Generator().manual_seed(seed)
-        chosen = {g.name: random_scales(g, generator) for g in self.groups} if scales is None else dict(scales)
+        chosen = (
+            {g.name: random_scales(g, generator) for g in self.groups} if scales is None else dict(scales)
+        )
         by_name = {group.name: group for group in self.groups}
         for name, vector in chosen.items():
             if name not in by_name:
-                raise ConfigError(f"no scale group is called {name!r}: there are {', '.join(by_name) or 'none'}")
+                raise ConfigError(
+                    f"no scale group is called {name!r}: there are {', '.join(by_name) or 'none'}"
+                )
             if tuple(vector.shape) != (by_name[name].channels,):
                 raise ConfigError(
                     f"scales of group {name!r} have shape {tuple(vector.shape)}: expected ({by_name[name].channels},)"

@@ -73,7 +73,9 @@ def compile(
     pipeline.check_order()
     source = open_source(model)
     started = time.perf_counter()
-    tokens = _calibration(source, calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column, config)
+    tokens = _calibration(
+        source, calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column, config
+    )
     read = time.perf_counter()
     batches = [{"input_ids": row[None].to(device)} for row in tokens.ids]
     graph = capture(source, batches[0], torch.float32, device)
@@ -142,9 +144,7 @@ def _report(config: QuantConfig, tokens: CalibrationTokens, source: ModelSource)
     return report
 
 
-def _finish(
-    source: ModelSource, graph: Graph, context: Context, tokens: CalibrationTokens
-) -> CompiledModel:
+def _finish(source: ModelSource, graph: Graph, context: Context, tokens: CalibrationTokens) -> CompiledModel:
     """Put what the passes left in the graph into the model's modules."""
     lowered = graph.facts[LoweredLinears]
     weights, report = graph.weights, context.report
@@ -165,9 +165,7 @@ def _finish(
     module = structural_copy(source.module)
 
     def lowered_graph() -> fx.GraphModule:
-        attributes = {
-            str(n.target): weights[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"
-        }
+        attributes = {str(n.target): weights[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"}
         shared = dict(named_tensors(compiled)) | {k: v for k, v in attributes.items() if k in buffers}
         return fx.GraphModule({k: shared.get(k, v) for k, v in attributes.items()}, graph.fx)
 

@@ -20,6 +20,7 @@ from awqc.flow import op_name
 from awqc.graph import Env, Graph, execute
 from awqc.groups import ScaleGroup, ScaleGroups
 from awqc.views import Linear, linears
+from awqc.weights import Weights
 
 #: One sample in this many is held out from every search, to judge what the search proposes.
 HELD_OUT_EVERY = 8
@@ -106,7 +107,8 @@ def split_stages(graph: Graph, observers: Observers) -> Stages:
         key = id(observer.group) if observer.group is not None else id(observer)
         by_group.setdefault(key, []).append(observer)
     starts = sorted(
-        (min(order[view.node] for o in members for view in o.linears), members) for members in by_group.values()
+        (min(order[view.node] for o in members for view in o.linears), members)
+        for members in by_group.values()
     )
     ends = [start for start, _ in starts[1:]] + [order[graph.output]]
     return Stages(
@@ -249,11 +251,14 @@ class Activations:
                 if divisor is not None:
                     env[node] = env[node] / divisor.to(env[node].dtype)
 
-    def evaluate(self, wanted: Iterable[fx.Node], known: Env) -> Env:
-        """Values of ``wanted``, computed from ``known`` and the current weights where they are missing."""
+    def evaluate(self, wanted: Iterable[fx.Node], known: Env, weights: Weights | None = None) -> Env:
+        """Values of ``wanted``, computed from ``known`` and the current weights (or ``weights``) where
+        they are missing."""
         wanted = list(wanted)
         env = {**self._static, **known}
-        execute(_missing(wanted, env, self._order), env, self.graph.weights, keep=[*wanted, *known])
+        execute(
+            _missing(wanted, env, self._order), env, weights or self.graph.weights, keep=[*wanted, *known]
+        )
         return {node: env[node] for node in wanted}
 
     def _run_static(self) -> None:
@@ -265,7 +270,8 @@ class Activations:
     def _move(self, end: int) -> None:
         start, self._position = self._position, end
         run = [
-            n for n in self._nodes[start:end]
+            n
+            for n in self._nodes[start:end]
             if n.op == "call_function" and n not in self._static and n not in self._weight_only
         ]
         before = {operand for n in run for operand in n.all_input_nodes if operand in self._weight_only}
@@ -282,7 +288,8 @@ class Activations:
     def _live(self, position: int) -> list[fx.Node]:
         order = self._order
         return [
-            n for n in self._nodes[:position]
+            n
+            for n in self._nodes[:position]
             if n.op in ("call_function", "placeholder")
             and n not in self._weight_only
             and any(order[u] >= position for u in n.users)
@@ -291,8 +298,14 @@ class Activations:
     def _prune_history(self, position: int) -> None:
         """Keep what a check of a later stage can need: from the first value that a group scales on."""
         horizon = min(
-            (self._order[n] for s in self.stages if s.start >= position for g in s.groups for n in g.values
-             if n not in self._weight_only and n.op == "call_function"),
+            (
+                self._order[n]
+                for s in self.stages
+                if s.start >= position
+                for g in s.groups
+                for n in g.values
+                if n not in self._weight_only and n.op == "call_function"
+            ),
             default=len(self._order),
         )
         self.history = {

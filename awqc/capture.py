@@ -67,7 +67,9 @@ def capture(
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         if isinstance(tensor, nn.Parameter):
             with fake:
-                new: Tensor = nn.Parameter(torch.empty(tensor.shape, dtype=kind, device=device), requires_grad=False)
+                new: Tensor = nn.Parameter(
+                    torch.empty(tensor.shape, dtype=kind, device=device), requires_grad=False
+                )
         else:
             with fake:
                 new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -140,7 +142,9 @@ def _named_graph(
 
 def _add_constant(weights: Weights, name: str, value: Any) -> None:
     if isinstance(value, FakeTensor) or not isinstance(value, Tensor):
-        raise CaptureError(f"the model holds {name!r}, a constant that depends on traced values: register it as a buffer")
+        raise CaptureError(
+            f"the model holds {name!r}, a constant that depends on traced values: register it as a buffer"
+        )
     weights.names.append(name)
     weights[name] = value
 

@@ -21,7 +21,11 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
 
 
 def clipped_grid(
-    weight: Tensor, scheme: Scheme, blocks: Tensor, shrinks: Sequence[float] = SHRINKS
+    weight: Tensor,
+    scheme: Scheme,
+    blocks: Tensor,
+    shrinks: Sequence[float] = SHRINKS,
+    columns: Tensor | None = None,
 ) -> tuple[Grid, Tensor]:
     """The grid with the least loss for every group of every row.
 
@@ -30,18 +34,23 @@ def clipped_grid(
         scheme: bits, group size, symmetry.
         blocks: ``(G, g, g)`` diagonal blocks of the Gram matrix, see :func:`awqc.loss.gram_blocks`.
         shrinks: candidates; the first should be 1.0, the unclipped grid.
+        columns: ``(N, K)`` input scales already multiplied into ``weight``, where ``blocks`` are those of
+            the unscaled input.
 
     Returns:
         The grid, and ``(N, G)`` the share of the range that each group keeps.
     """
     width = weight.shape[1]
     grouped = split_groups(weight, scheme.group(width))
+    undo = None if columns is None else split_groups(columns, scheme.group(width)).reciprocal()
     low, high = grouped.amin(-1), grouped.amax(-1)
     best_loss = torch.full_like(low, float("inf"))
     best_low, best_high, share = low.clone(), high.clone(), torch.ones_like(low)
     for shrink in shrinks:
         grid = grid_from_range(low * shrink, high * shrink, scheme, width)
         error = nearest_in_groups(grouped, grid).sub_(grouped)
+        if undo is not None:
+            error.mul_(undo)
         loss = group_losses(error, blocks)
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)

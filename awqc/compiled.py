@@ -122,7 +122,9 @@ def _replace_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, old in named_tensors(module):
         if name in tensors:
             value = tensors[name]
-            new[id(old)] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
+            new[id(old)] = (
+                nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
+            )
     for child in module.modules():
         for store in (child._parameters, child._buffers):
             for name, tensor in list(store.items()):

@@ -311,5 +311,7 @@ def seeds(site: Site) -> Iterable[Tensor]:
     size = shape(site.node)
     for axis, length in enumerate(size):
         if length > 1:
-            index = torch.arange(length, dtype=torch.int32).reshape([-1 if a == axis else 1 for a in range(len(size))])
+            index = torch.arange(length, dtype=torch.int32).reshape(
+                [-1 if a == axis else 1 for a in range(len(size))]
+            )
             yield index.expand(size)

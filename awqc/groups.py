@@ -112,9 +112,7 @@ def find_groups(graph: Graph) -> ScaleGroups:
                     stopped.setdefault(reached, flow.refusals[-1])
     chosen = _choose(found, order)
     taken = {name for group in chosen for name in group.linears}
-    refusals = {
-        name: _why_not(view, stopped, sites) for name, view in by_name.items() if name not in taken
-    }
+    refusals = {name: _why_not(view, stopped, sites) for name, view in by_name.items() if name not in taken}
     return ScaleGroups(chosen, refusals)
 
 
@@ -126,7 +124,9 @@ def _group(flow: Flow, name: str, by_name: Mapping[str, Linear]) -> ScaleGroup |
         return None
     values = {n: v for n, v in flow.values.items() if isinstance(v, Scaled)}
     producers = tuple(p for p in parts if p.degree > 0)
-    return ScaleGroup(name, flow.channels, flow.alive, producers, consumers, names, values, tuple(flow.refusals))
+    return ScaleGroup(
+        name, flow.channels, flow.alive, producers, consumers, names, values, tuple(flow.refusals)
+    )
 
 
 def _choose(found: list[ScaleGroup], order: Mapping[fx.Node, int]) -> list[ScaleGroup]:

@@ -117,7 +117,9 @@ def _match_dense(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     tied, prefix = aliases(module), getattr(module, "base_model_prefix", "")
     found = match_names([n for n, t in tensors.items() if t.is_meta], checkpoint.dense_names(), prefix, tied)
     packed = match_names(list(dict(module.named_modules())), checkpoint.quantized_names(), prefix, {})
-    missing = [n for n, t in tensors.items() if t.is_meta and n not in found and n.rpartition(".")[0] not in packed]
+    missing = [
+        n for n, t in tensors.items() if t.is_meta and n not in found and n.rpartition(".")[0] not in packed
+    ]
     if missing:
         raise CheckpointError(
             f"{checkpoint.path} lacks {len(missing)} tensor(s) that its config.json asks for, such as "

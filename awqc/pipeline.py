@@ -210,7 +210,9 @@ class _Runner:
                 check.before()
             self._timed(current)
             if self.graph.version != version:
-                raise VerifyError(f"{current.name!r} is a stage pass and changed the graph's nodes: use scope='graph'")
+                raise VerifyError(
+                    f"{current.name!r} is a stage pass and changed the graph's nodes: use scope='graph'"
+                )
             if check is not None and current.output == "equal":
                 check.after(current.name)
         activations.advance(stage)
@@ -219,7 +221,9 @@ class _Runner:
     def _timed(self, current: Pass) -> None:
         for fact in current.requires:
             if fact not in self.graph.facts:
-                raise PipelineError(f"{current.name!r} requires {fact.__name__}, which the pass before it did not leave")
+                raise PipelineError(
+                    f"{current.name!r} requires {fact.__name__}, which the pass before it did not leave"
+                )
         start = time.perf_counter()
         current.run(self.graph, self.context)
         for fact in current.consumes:

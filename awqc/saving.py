@@ -47,7 +47,7 @@ def save(
         head=_head(model),
         dtype=compilation.source.half,
         files_from=source.path,
-        record=compilation.record,
+        record=compilation.record if format == "awqc" else None,
         documents={REPORT_FILE: compilation.report.to_json()},
         overwrite=overwrite,
     )
@@ -56,7 +56,9 @@ def save(
     return written
 
 
-def _dense(model: nn.Module, compilation: Compilation, linears: dict[str, QuantLinear]) -> Iterator[tuple[str, Tensor]]:
+def _dense(
+    model: nn.Module, compilation: Compilation, linears: dict[str, QuantLinear]
+) -> Iterator[tuple[str, Tensor]]:
     """Every dense tensor under its name on disk; biases of quantized linears in their module's name."""
     packed = {f"{name}.{part}" for name, linear in linears.items() for part, _ in linear.named_buffers()}
     tied = aliases(model)
@@ -178,7 +180,9 @@ def _read_back(
     return disk
 
 
-def _run(nodes: list[fx.Node], tensors: dict[str, Tensor], sample: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
+def _run(
+    nodes: list[fx.Node], tensors: dict[str, Tensor], sample: Mapping[str, Tensor]
+) -> dict[fx.Node, Any]:
     env: dict[fx.Node, Any] = {n: sample[str(n.target)] for n in nodes if n.op == "placeholder"}
     execute(nodes, env, tensors)
     return env

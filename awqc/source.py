@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from awqc.checkpoints import open_checkpoint
 from awqc.errors import CheckpointError, ConfigError
 
+
 @dataclass
 class ModelSource:
     """A model whose weights may still be on disk.
@@ -60,7 +61,9 @@ class ModelSource:
         from transformers import AutoTokenizer
 
         if self.path is None:
-            raise ConfigError("a model in memory carries no tokenizer: pass tokenizer=... or token ids as calib")
+            raise ConfigError(
+                "a model in memory carries no tokenizer: pass tokenizer=... or token ids as calib"
+            )
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError, KeyError) as error:
@@ -88,7 +91,10 @@ class ModelSource:
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, then buffers (non-persistent ones too), each storage under its first name only."""
     seen: set[int] = set()
-    for group in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+    for group in (
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    ):
         for name, tensor in group:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -99,7 +105,10 @@ def aliases(module: nn.Module) -> dict[str, str]:
     """Every other name of a tied tensor -> its first name."""
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
-    for group in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+    for group in (
+        module.named_parameters(remove_duplicate=False),
+        module.named_buffers(remove_duplicate=False),
+    ):
         for name, tensor in group:
             canonical = first.setdefault(id(tensor), name)
             if canonical != name:
@@ -134,7 +143,9 @@ def from_module(module: nn.Module) -> ModelSource:
     path = getattr(getattr(module, "config", None), "_name_or_path", "") or ""
     dtypes = [t.dtype for t in tensors.values() if t.is_floating_point()]
     directory = Path(path) if path and Path(path).is_dir() else None
-    return ModelSource(module, read, directory, dtype=max(set(dtypes), key=dtypes.count, default=torch.float32))
+    return ModelSource(
+        module, read, directory, dtype=max(set(dtypes), key=dtypes.count, default=torch.float32)
+    )
 
 
 def skeleton(path: Path) -> nn.Module:
@@ -180,7 +191,10 @@ def from_directory(path: Path) -> ModelSource:
     tensors = dict(named_tensors(module))
     tied = aliases(module)
     stored = match_names(
-        [n for n, t in tensors.items() if t.is_meta], list(files), getattr(module, "base_model_prefix", ""), tied
+        [n for n, t in tensors.items() if t.is_meta],
+        list(files),
+        getattr(module, "base_model_prefix", ""),
+        tied,
     )
     missing = [n for n, t in tensors.items() if t.is_meta and n not in stored]
     if missing:

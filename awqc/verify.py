@@ -72,7 +72,9 @@ class StageCheck:
     def __post_init__(self) -> None:
         constant = weight_only(self.graph)
         self._tainted = {n for g in self.stage.groups for n in g.values if n not in constant}
-        frontier = {u for n in self._tainted for u in n.users if u not in self._tainted and u.op == "call_function"}
+        frontier = {
+            u for n in self._tainted for u in n.users if u not in self._tainted and u.op == "call_function"
+        }
         frontier |= {view.node for view in self.stage.linears}
         self._wanted = sorted(frontier, key=self.graph.order().__getitem__)
 

@@ -38,4 +38,6 @@ class Calibrate(Pass):
                 weight = view.weight(graph.weights[view.parameter]).float()
                 error = minmax_grid(weight, schemes[view.parameter]).nearest(weight) - weight
                 scale = float(output_loss(weight, found.held_out)) or 1.0
-                context.report.linears[view.parameter].nearest_error = float(output_loss(error, found.held_out)) / scale
+                context.report.linears[view.parameter].nearest_error = (
+                    float(output_loss(error, found.held_out)) / scale
+                )

@@ -50,7 +50,8 @@ class ClipWeights(Pass):
                 clipped, share = clipped_grid(weight, scheme, blocks, self.shrinks)
                 full = minmax_grid(weight, scheme)
                 losses = [
-                    float(output_loss(grid.nearest(weight) - weight, statistics.held_out)) for grid in (full, clipped)
+                    float(output_loss(grid.nearest(weight) - weight, statistics.held_out))
+                    for grid in (full, clipped)
                 ]
                 row = context.report.linears[view.parameter]
                 if losses[1] < losses[0]:

@@ -1,6 +1,6 @@
 """Replace every rounded linear by the canonical quantized op.
 
-    aten.linear(x, W, b)  ->  awqc.qlinear(x, codes, scales, zeros, b, group_size)
+aten.linear(x, W, b)  ->  awqc.qlinear(x, codes, scales, zeros, b, group_size)
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from awqc.grids import Grids
 from awqc.loss import output_loss
 from awqc.pipeline import Pass
 from awqc.quantized import Grid, from_codes, minmax_grid
-from awqc.rounding import compensated_codes, inverse_factor, visiting_order
+from awqc.rounding import ColumnGrid, compensated_codes, descend, in_place, inverse_factor, visiting_order
 from awqc.schemes import Schemes
 from awqc.views import Linear
 from awqc.weights import Rounded
@@ -31,6 +31,7 @@ class RoundWeights(Pass):
 
     Args:
         method: ``compensated`` (GPTQ) or ``nearest``.
+        sweeps: rounds of coordinate descent after compensated rounding.
     """
 
     name: ClassVar[str] = "round-weights"
@@ -40,6 +41,7 @@ class RoundWeights(Pass):
     output: ClassVar = "lossy"
 
     method: Literal["compensated", "nearest"] = "compensated"
+    sweeps: int = 0
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None
@@ -61,7 +63,11 @@ class RoundWeights(Pass):
             codes, rounding = grid.encode(weight), "nearest"
             error = _error(grid, codes, weight, statistics.held_out)
             if factor is not None and order is not None:
-                better = compensated_codes(weight, grid, factor, order)
+                columns = ColumnGrid.of(grid, order)
+                better = compensated_codes(weight, columns, factor, order)
+                for _ in range(self.sweeps):
+                    better = descend(better, weight, columns, statistics.gram, order)
+                better = in_place(better, order)
                 improved = _error(grid, better, weight, statistics.held_out)
                 if improved < error:
                     codes, error, rounding = better, improved, "compensated"

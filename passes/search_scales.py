@@ -6,9 +6,12 @@ Candidates (AWQ, Lin et al. 2023, section 3.2), normalised by ``sqrt(max * min)`
     duo           s = mean|x| ** r / mean|w| ** (1 - r)
 
 for ``r`` in a grid on [0, 1], and always the identity. The loss of a candidate is ``tr(E H E^T)`` summed
-over the group's quantized linears, where ``E`` is the error of quantizing ``W diag(s)`` and undoing ``s``.
-Tied channels take the geometric mean. The grid is ranked on a sample of output channels, the best few are
-compared on all of them; the winner must beat the identity on held-out tokens, or nothing is applied.
+over the group's quantized linears, where ``E`` is the error of quantizing ``W diag(s)`` and undoing ``s``,
+with the clipping and the compensated rounding that follow. Tied channels take the geometric mean.
+
+All candidates are evaluated at once, on a sample of output channels: a candidate is a factor on the
+columns of the quantization grid, so they differ in the grid only and share the Gram matrix and its
+factorization. The winner must beat the identity on held-out tokens, or nothing is applied.
 """
 
 from __future__ import annotations
@@ -20,16 +23,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from awqc.calibrate import InputStatistics, Observer, Statistics
+from awqc.block_objective import BlockObjective
+from awqc.calibrate import Activations, InputStatistics, Observer, Statistics
 from awqc.clipping import clipped_grid
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.groups import ScaleGroup
 from awqc.loss import gram_blocks, output_loss
 from awqc.pipeline import Pass
-from awqc.quantized import Scheme, minmax_grid
+from awqc.quantized import Scheme
+from awqc.rounding import ColumnGrid, compensated_codes, in_place, inverse_factor, visiting_order
 from awqc.scales import Scales
 from awqc.schemes import Schemes
+from awqc.views import Linear
 
 Candidate = tuple[str, float, Tensor]
 
@@ -38,6 +44,7 @@ Candidate = tuple[str, float, Tensor]
 class _Member:
     """One quantized linear of a group, as the search sees it."""
 
+    view: Linear
     weight: Tensor
     scheme: Scheme
     statistics: InputStatistics
@@ -49,6 +56,11 @@ class _Member:
         padded = torch.cat([scales, scales.new_ones(1)])
         return padded[self.ids] ** self.degree
 
+    def rows(self, most: int) -> Tensor:
+        """At most ``most`` rows of the weight, evenly spaced; all for 0."""
+        step = -(-len(self.weight) // most) if most else 1
+        return self.weight[::step]
+
 
 @dataclass(frozen=True)
 class SearchScales(Pass):
@@ -57,9 +69,12 @@ class SearchScales(Pass):
     Args:
         grid: ratios tried in [0, 1].
         families: candidate families.
-        sample_rows: output channels that rank the grid; 0 for all.
-        finalists: candidates compared on all output channels.
-        clip: search with the clipped grid that will follow, not with the min-max grid.
+        sample_rows: output channels of each linear that the search looks at; 0 for all.
+        shrinks: clipping that is searched along; ``(1.0,)`` searches with the min-max grid.
+        rounding: how candidates are rounded: as ``round-weights`` will, or to the nearest.
+        objective: where losses are measured: at the linears' own outputs, exactly and over all tokens,
+            or at the output of the block they feed, over a few samples (all rows, finalists only).
+        finalists: candidates that the block objective compares, the best by the other.
     """
 
     name: ClassVar[str] = "search-scales"
@@ -69,9 +84,11 @@ class SearchScales(Pass):
 
     grid: int = 20
     families: tuple[Literal["activation", "duo"], ...] = ("activation", "duo")
-    sample_rows: int = 128
-    finalists: int = 3
-    clip: bool = True
+    sample_rows: int = 64
+    shrinks: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7)
+    rounding: Literal["compensated", "nearest"] = "compensated"
+    objective: Literal["linear", "block"] = "linear"
+    finalists: int = 8
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None
@@ -83,15 +100,17 @@ class SearchScales(Pass):
                 continue
             row = context.report.groups[group.name]
             candidates = self.candidates(group, members)
-            curve = self._losses(members, candidates, self.sample_rows)
+            search, held_out = self._losses(members, candidates)
             row.curve = [
-                (family, ratio, float(loss / curve[0])) for (family, ratio, _), loss in zip(candidates, curve, strict=True)
+                (family, ratio, float(loss / search[0]))
+                for (family, ratio, _), loss in zip(candidates, search, strict=True)
             ]
-            best = torch.argsort(torch.stack(curve))[: self.finalists].tolist()
-            exact = self._losses(members, [candidates[i] for i in best], 0)
-            family, ratio, chosen = candidates[best[int(torch.stack(exact).argmin())]]
-            row.gain = self._gain(members, candidates[0][2], chosen)
-            if family != "identity" and row.gain > 0:
+            best = int(search.argmin())
+            if self.objective == "block":
+                best = self._best_by_block(graph, members, candidates, search)
+            family, ratio, chosen = candidates[best]
+            row.gain = float(1 - held_out[best] / held_out[0].clamp(min=1e-30))
+            if best and row.gain > 0:
                 scales[group.name] = chosen
                 row.family, row.ratio, row.applied = family, ratio, True
         graph.facts[Scales] = scales
@@ -110,36 +129,54 @@ class SearchScales(Pass):
                 found.append((family, ratio, _normalised(scales, group.alive.to(scales.device))))
         return found
 
-    def _losses(self, members: list[_Member], candidates: list[Candidate], rows: int) -> list[Tensor]:
-        return [
-            torch.stack([self._loss(m, scales, m.statistics.gram, rows) for m in members]).sum()
-            for _, _, scales in candidates
-        ]
+    def _losses(self, members: list[_Member], candidates: list[Candidate]) -> tuple[Tensor, Tensor]:
+        """Losses of all candidates on search tokens and on held-out tokens: ``(candidates,)`` each."""
+        search = held_out = torch.zeros(len(candidates), device=members[0].weight.device)
+        factors: dict[int, tuple[Tensor, Tensor]] = {}
+        for member in members:
+            rows = member.rows(self.sample_rows)
+            columns = torch.stack([member.columns(scales) for _, _, scales in candidates])
+            errors = self._errors(member, rows, columns, factors)
+            share = len(member.weight) / len(rows)
+            search = search + share * output_loss(errors, member.statistics.gram)
+            held_out = held_out + share * output_loss(errors, member.statistics.held_out)
+        return search, held_out
 
-    def _gain(self, members: list[_Member], identity: Tensor, chosen: Tensor) -> float:
-        """Relative decrease of the loss on held-out tokens."""
-        held = [(m, m.statistics.held_out) for m in members]
-        before = sum(float(self._loss(m, identity, gram, 0)) for m, gram in held)
-        after = sum(float(self._loss(m, chosen, gram, 0)) for m, gram in held)
-        return 1 - after / before if before > 0 else 0.0
+    def _errors(
+        self, member: _Member, rows: Tensor, columns: Tensor, factors: dict[int, tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """What rounding ``rows`` ``(R, K)`` under the input scales ``columns`` ``(C, K)`` adds to them, seen
+        from the unscaled input: ``(C, R, K)``."""
+        count, (n, k), gram = len(columns), rows.shape, member.statistics.gram
+        spread = columns[:, None].expand(count, n, k).reshape(-1, k)
+        weight = rows.expand(count, n, k).reshape(-1, k)
+        scaled = weight * spread
+        blocks = gram_blocks(gram, member.scheme.group(k))
+        grid, _ = clipped_grid(scaled, member.scheme, blocks, self.shrinks, spread)
+        if self.rounding == "nearest":
+            return ((grid.nearest(scaled) - scaled) / spread).reshape(count, n, k)
+        if id(gram) not in factors:
+            order = visiting_order(gram)
+            factors[id(gram)] = order, inverse_factor(gram, order)
+        order, factor = factors[id(gram)]
+        codes = in_place(compensated_codes(weight, ColumnGrid.of(grid, order, spread), factor, order), order)
+        return (grid.decode(codes) / spread - weight).reshape(count, n, k)
 
-    def _loss(self, member: _Member, scales: Tensor, gram: Tensor, rows: int) -> Tensor:
-        weight = member.weight
-        share = 1.0
-        if rows and weight.shape[0] > rows:
-            step = weight.shape[0] // rows
-            share, weight = weight.shape[0] / len(weight[::step]), weight[::step]
-        columns = member.columns(scales)
-        scaled = weight * columns
-        if self.clip:
-            # The clip search sees the statistics of the scaled input, as it will after the fold.
-            group = member.scheme.group(weight.shape[1])
-            blocks = gram_blocks(member.statistics.gram / columns[:, None] / columns, group)
-            grid, _ = clipped_grid(scaled, member.scheme, blocks, shrinks=(1.0, 0.9, 0.8, 0.7))
-        else:
-            grid = minmax_grid(scaled, member.scheme)
-        error = (grid.nearest(scaled) - scaled) / columns
-        return output_loss(error, gram) * share
+    def _best_by_block(
+        self, graph: Graph, members: list[_Member], candidates: list[Candidate], search: Tensor
+    ) -> int:
+        block = BlockObjective(graph, graph.facts[Activations], [m.view for m in members])
+        finalists = sorted({0, *torch.argsort(search)[: self.finalists].tolist()})
+
+        def loss(index: int) -> float:
+            replaced = {}
+            for member in members:
+                columns = member.columns(candidates[index][2])[None]
+                weight = member.weight + self._errors(member, member.weight, columns, {})[0]
+                replaced[member.view.parameter] = weight.t() if member.view.transposed else weight
+            return block.loss(replaced)
+
+        return min(finalists, key=loss)
 
 
 def _members(graph: Graph, observers: list[Observer], group: ScaleGroup) -> Iterator[_Member]:
@@ -150,7 +187,7 @@ def _members(graph: Graph, observers: list[Observer], group: ScaleGroup) -> Iter
         for view in observer.linears:
             if view.parameter in schemes:
                 weight = view.weight(graph.weights[view.parameter]).float()
-                yield _Member(weight, schemes[view.parameter], statistics[observer.node], ids, degree)
+                yield _Member(view, weight, schemes[view.parameter], statistics[observer.node], ids, degree)
 
 
 def _per_channel(group: ScaleGroup, members: list[_Member], columns: list[Tensor]) -> Tensor:
@@ -178,4 +215,3 @@ def _normalised(scales: Tensor, alive: Tensor) -> Tensor:
         return torch.ones_like(scales)
     scales = scales / (used.max() * used.min()).sqrt()
     return torch.where(alive, scales.clamp(1e-4, 1e4), 1.0)
-

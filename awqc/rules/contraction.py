@@ -78,7 +78,9 @@ def _consume(op: Op, value: Scaled, weight: fx.Node) -> None:
         return
     ids = _first_row(value.ids).expand(weight.meta["val"].shape)
     if not op.join(weight, ids, -value.degree):
-        op.poison(value, f"{weight} cannot undo the scale: it is no parameter, or is scaled otherwise already")
+        op.poison(
+            value, f"{weight} cannot undo the scale: it is no parameter, or is scaled otherwise already"
+        )
 
 
 _A = torch.randn(2, 3, 4, dtype=torch.float64)

@@ -43,7 +43,10 @@ def homogeneous(op: Op) -> Value:
     return op.value(op.args[0])
 
 
-@rule(aten.clamp_min.default, samples=[Sample((_X, 0.0), scale={0: _IDS}), Sample((_X, 0.5), scale={0: _IDS}, alive=0)])
+@rule(
+    aten.clamp_min.default,
+    samples=[Sample((_X, 0.0), scale={0: _IDS}), Sample((_X, 0.5), scale={0: _IDS}, alive=0)],
+)
 @rule(
     aten.clamp.default,
     samples=[Sample((_X, 0.0), scale={0: _IDS}), Sample((_X, 0.0, 1.0), scale={0: _IDS}, alive=0)],
@@ -57,7 +60,10 @@ def clamp(op: Op) -> Value:
     return None
 
 
-@rule(aten.threshold.default, samples=[Sample((_X, 0, 0), scale={0: _IDS}), Sample((_X, 1, 0), scale={0: _IDS}, alive=0)])
+@rule(
+    aten.threshold.default,
+    samples=[Sample((_X, 0, 0), scale={0: _IDS}), Sample((_X, 1, 0), scale={0: _IDS}, alive=0)],
+)
 def threshold(op: Op) -> Value:
     """``relu`` when both the threshold and the replacement are zero."""
     value = op.value(op.args[0])
@@ -70,7 +76,11 @@ def threshold(op: Op) -> Value:
 @rule(aten.square.default, samples=[Sample((_X,), scale={0: _IDS})])
 @rule(
     aten.pow.Tensor_Scalar,
-    samples=[Sample((_X, 2), scale={0: _IDS}), Sample((_X, 3), scale={0: _PAIRS}), Sample((_X.abs(), 0.5), scale={0: _IDS})],
+    samples=[
+        Sample((_X, 2), scale={0: _IDS}),
+        Sample((_X, 3), scale={0: _PAIRS}),
+        Sample((_X.abs(), 0.5), scale={0: _IDS}),
+    ],
 )
 def power(op: Op) -> Value:
     """``(x / s) ** p = x ** p / s ** p``: the degree is multiplied."""
@@ -92,7 +102,14 @@ def power(op: Op) -> Value:
     ],
 )
 @rule(aten.mul.Scalar, samples=[Sample((_X, 3.0), scale={0: _IDS})])
-@rule(aten.div.Tensor, samples=[Sample((_X, _Y), scale={0: _IDS}), Sample((_X, 2.0), scale={0: _IDS}), Sample((_X, _Y), scale={1: _IDS})])
+@rule(
+    aten.div.Tensor,
+    samples=[
+        Sample((_X, _Y), scale={0: _IDS}),
+        Sample((_X, 2.0), scale={0: _IDS}),
+        Sample((_X, _Y), scale={1: _IDS}),
+    ],
+)
 @rule(aten.div.Scalar, samples=[Sample((_X, 3.0), scale={0: _IDS})])
 def product(op: Op) -> Value:
     """A product of scaled tensors with equal ids adds their degrees, a quotient subtracts them."""

@@ -127,7 +127,9 @@ def join_tensors(op: Op) -> Value:
             op.poison(value, "tensors scaled to different powers are concatenated")
         return None
     ids = [
-        value.ids if value is not None else torch.full((1,), -1, dtype=torch.int32).expand(node.meta["val"].shape)
+        value.ids
+        if value is not None
+        else torch.full((1,), -1, dtype=torch.int32).expand(node.meta["val"].shape)
         for node, value in pieces
     ]
     return Scaled(op.node.target(ids, *op.args[1:], **op.node.kwargs), degrees.pop())  # type: ignore[operator]

@@ -28,7 +28,10 @@ _IDS = torch.arange(8, dtype=torch.int32)
 )
 @rule(
     aten.rms_norm.default,
-    samples=[Sample((_X, [8], _W), scale={1: _IDS}, parameters=(1,)), Sample((_X, [8], _W), scale={0: _IDS}, alive=0)],
+    samples=[
+        Sample((_X, [8], _W), scale={1: _IDS}, parameters=(1,)),
+        Sample((_X, [8], _W), scale={0: _IDS}, alive=0),
+    ],
 )
 def norm(op: Op) -> Value:
     """``n(x) w + b``: dividing ``w`` and ``b`` divides the result."""

@@ -40,8 +40,17 @@ def reduce(op: Op) -> Value:
 @rule(
     aten.embedding.default,
     samples=[
-        Sample((torch.randn(5, 8, dtype=torch.float64), torch.tensor([[0, 3, 3]])), scale={0: _IDS}, parameters=(0,)),
-        Sample((torch.randn(5, 8, dtype=torch.float64), torch.tensor([[0, 3, 3]])), scale={0: torch.arange(5, dtype=torch.int32)[:, None]}, parameters=(0,), alive=0),
+        Sample(
+            (torch.randn(5, 8, dtype=torch.float64), torch.tensor([[0, 3, 3]])),
+            scale={0: _IDS},
+            parameters=(0,),
+        ),
+        Sample(
+            (torch.randn(5, 8, dtype=torch.float64), torch.tensor([[0, 3, 3]])),
+            scale={0: torch.arange(5, dtype=torch.int32)[:, None]},
+            parameters=(0,),
+            alive=0,
+        ),
     ],
 )
 def embedding(op: Op) -> Value:
