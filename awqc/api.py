@@ -149,7 +149,6 @@ def _finish(source: ModelSource, graph: Graph, context: Context, tokens: Calibra
     lowered = graph.facts[LoweredLinears]
     weights, report = graph.weights, context.report
     on_meta = {name for name, tensor in named_tensors(source.module) if tensor.is_meta}
-    buffers = {f"{name}.{part}" for name, linear in lowered.items() for part, _ in linear.named_buffers()}
     gone = {f"{name}.weight" for name in lowered} | {f"{name}.bias" for name in lowered}
     tensors = {
         name: weights[name]
@@ -165,9 +164,11 @@ def _finish(source: ModelSource, graph: Graph, context: Context, tokens: Calibra
     module = structural_copy(source.module)
 
     def lowered_graph() -> fx.GraphModule:
-        attributes = {str(n.target): weights[str(n.target)] for n in graph.fx.nodes if n.op == "get_attr"}
-        shared = dict(named_tensors(compiled)) | {k: v for k, v in attributes.items() if k in buffers}
-        return fx.GraphModule({k: shared.get(k, v) for k, v in attributes.items()}, graph.fx)
+        shared: dict[str, Tensor] = dict(compiled.named_parameters(remove_duplicate=False))
+        shared |= dict(compiled.named_buffers(remove_duplicate=False))
+        names = [str(n.target) for n in graph.fx.nodes if n.op == "get_attr"]
+        # Constants that tracing lifted belong to no module: only the graph has them.
+        return fx.GraphModule({n: shared[n] if n in shared else weights[n] for n in names}, graph.fx)
 
     compilation = Compilation(source, report, record, lowered_graph, context.batches[0])
     compiled = assemble(module, tensors, lowered, compilation)
