@@ -79,8 +79,9 @@ class CompressedTensors(CheckpointFormat):
             },
             "version": "0.20.0",
         }
-        if any(scheme.zero_point for scheme in members):
-            # transformers cannot keep asymmetric weights packed; other engines do not read this key.
+        if len(members) == 1 and next(iter(members)).zero_point:
+            # transformers 5 cannot keep asymmetric weights packed; other engines do not read this key. Given
+            # several groups it would take the first one's scheme for all: without the key it fails instead.
             config["dequantize"] = True
         return config
 

@@ -130,7 +130,9 @@ def test_the_config_of_one_scheme() -> None:
 
 
 def test_asymmetric_weights_are_to_be_dequantized_where_that_is_all_that_works() -> None:
-    assert FORMAT.quantization_config({"a": Scheme(4, 64, True)})["dequantize"] is True
+    one, other = Scheme(4, 64, True), Scheme(8, 64, True)
+    assert FORMAT.quantization_config({"a": one, "b": one})["dequantize"] is True
+    assert "dequantize" not in FORMAT.quantization_config({"a": one, "b": other})
 
 
 def test_whole_rows_are_the_channel_strategy() -> None:
