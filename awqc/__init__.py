@@ -1,18 +1,24 @@
 """awqc, the AWQ compiler: any PyTorch or Hugging Face model in, a verified 4-bit model out."""
 
-from awqc.analysis import Analysis, analyze
-from awqc.api import compile
-from awqc.backend import Backend, register_backend
-from awqc.compiled import CompiledModel
-from awqc.config import QuantConfig
-from awqc.context import Context
-from awqc.errors import AwqcError
-from awqc.flags import Flags
-from awqc.graph import Graph
-from awqc.loading import load
-from awqc.pipeline import Pass, Pipeline
-from awqc.quantized import QuantizedWeight, Scheme
-from awqc.report import Report
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from awqc.analysis import Analysis, analyze
+    from awqc.api import compile
+    from awqc.backend import Backend, register_backend
+    from awqc.compiled import CompiledModel
+    from awqc.config import QuantConfig
+    from awqc.context import Context
+    from awqc.errors import AwqcError
+    from awqc.flags import Flags
+    from awqc.graph import Graph
+    from awqc.loading import load
+    from awqc.pipeline import Pass, Pipeline
+    from awqc.quantized import QuantizedWeight, Scheme
+    from awqc.report import Report
 
 __version__ = "0.1.0"
 
@@ -35,3 +41,37 @@ __all__ = [
     "load",
     "register_backend",
 ]
+
+#: The module of every public name. Each is imported when first asked for: torch and transformers take
+#: seconds to import, which ``awqc --help`` should not.
+_MODULES = {
+    "Analysis": "awqc.analysis",
+    "AwqcError": "awqc.errors",
+    "Backend": "awqc.backend",
+    "CompiledModel": "awqc.compiled",
+    "Context": "awqc.context",
+    "Flags": "awqc.flags",
+    "Graph": "awqc.graph",
+    "Pass": "awqc.pipeline",
+    "Pipeline": "awqc.pipeline",
+    "QuantConfig": "awqc.config",
+    "QuantizedWeight": "awqc.quantized",
+    "Report": "awqc.report",
+    "Scheme": "awqc.quantized",
+    "analyze": "awqc.analysis",
+    "compile": "awqc.api",
+    "load": "awqc.loading",
+    "register_backend": "awqc.backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
