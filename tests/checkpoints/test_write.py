@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -104,9 +105,11 @@ def test_the_source_config_is_kept_but_for_the_quantization(tmp_path: Path) -> N
 def test_the_dtype_is_one_that_engines_accept(
     tmp_path: Path, source: dict[str, Any], dtype: torch.dtype | None, expected: dict[str, Any]
 ) -> None:
+    before = copy.deepcopy(source)
     written = written_config(write(tmp_path / "out", config=source, dtype=dtype))
     del written["quantization_config"]
     assert written == expected
+    assert source == before
 
 
 def test_an_artifact_keeps_the_dtype_of_its_source(tmp_path: Path) -> None:
