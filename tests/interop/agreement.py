@@ -76,14 +76,14 @@ def distance(answer: Answer, expected: Yardstick) -> float:
     return float(np.sqrt(np.mean((answer.logprobs - theirs) ** 2)))
 
 
-def figures(answer: Answer, expected: Yardstick) -> dict:
-    """What is worth a line in a table: distance, what was allowed, share of equal tokens, seconds."""
-    return {
-        "off": distance(answer, expected),
-        "allowed": expected.tolerance,
-        "equal tokens": float(np.mean(answer.greedy == expected.greedy)),
-        **answer.facts["seconds"],
-    }
+def summary(answer: Answer, expected: Yardstick) -> str:
+    """What is worth a line in a table."""
+    equal = int((answer.greedy == expected.greedy).sum())
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in answer.facts["seconds"].items())
+    return (
+        f"log probabilities off by {distance(answer, expected):.1e}, allowed {expected.tolerance:.1e}; "
+        f"{equal} of {answer.greedy.size} tokens equal; {seconds}"
+    )
 
 
 def check(answer: Answer, expected: Yardstick, checkpoint: Path) -> None:

@@ -26,12 +26,12 @@ def expected(twin: Path) -> agreement.Yardstick:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("form", specification.FORMS)
 @pytest.mark.parametrize("family", [tiny.llama, tiny.qwen2])
-def test_engine_agrees_with_the_dense_twin(family, form, engine, tmp_path, record_property):
+def test_engine_agrees_with_the_dense_twin(family, form, engine, tmp_path):
     checkpoint = tmp_path / "packed"
     twin = specification.write(family(tmp_path / "dense"), checkpoint, form, GROUP)
     yardstick = expected(twin)
     answer = ENGINES[engine](checkpoint, yardstick.prompts, tmp_path)
-    record_property("figures", agreement.figures(answer, yardstick))
+    print(agreement.summary(answer, yardstick))
     agreement.check(answer, yardstick, checkpoint)
 
 
