@@ -74,7 +74,7 @@ def compile(
     source = open_source(model)
     started = time.perf_counter()
     tokens = _calibration(
-        source, calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column, config
+        source, calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column, config, progress
     )
     read = time.perf_counter()
     batches = [{"input_ids": row[None].to(device)} for row in tokens.ids]
@@ -100,6 +100,7 @@ def _calibration(
     split: str | None,
     column: str | None,
     config: QuantConfig,
+    progress: Progress,
 ) -> CalibrationTokens:
     limit = sequence_limit(source.config) if source.config is not None else None
     vocabulary = vocabulary_size(source.config) if source.config is not None else None
@@ -119,6 +120,7 @@ def _calibration(
         seed=config.seed,
         limit=limit,
         vocab_size=vocabulary,
+        progress=progress.count("reading calibration data"),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -24,12 +24,19 @@ class Progress(Protocol):
         """``items`` in order; ``what`` names the work."""
         ...
 
+    def count(self, what: str) -> Callable[[int, int], None]:
+        """A callback for steps done and steps in all, where the steps are no items."""
+        ...
+
 
 class Silent:
     """No progress shown."""
 
     def track(self, items: Sequence[T], what: str) -> Iterable[T]:
         return items
+
+    def count(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, total: None
 
 
 @dataclass
