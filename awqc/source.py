@@ -58,19 +58,11 @@ class ModelSource:
         Raises:
             ConfigError: if there is none or it cannot be loaded.
         """
-        from transformers import AutoTokenizer
-
         if self.path is None:
             raise ConfigError(
                 "a model in memory carries no tokenizer: pass tokenizer=... or token ids as calib"
             )
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(
-                f"{self.path} holds no tokenizer that transformers can load ({error}): "
-                "pass tokenizer=... or token ids as calib"
-            ) from error
+        return load_tokenizer(self.path)
 
     def on_disk(self, name: str) -> str:
         """The name under which checkpoints store the tensor ``name`` of the module."""
@@ -86,6 +78,23 @@ class ModelSource:
     def names(self) -> list[str]:
         """Names of all parameters and buffers, one per storage."""
         return [name for name, _ in named_tensors(self.module)]
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in a model directory; code that the directory may hold is not run.
+
+    Raises:
+        ConfigError: if there is none or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{path} holds no tokenizer that transformers can load ({error}): copy the tokenizer's files "
+            "there, or pass tokenizer=... or token ids"
+        ) from error
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -157,8 +166,9 @@ def skeleton(path: Path) -> nn.Module:
     import transformers
     from accelerate import init_empty_weights
 
+    _check_directory(path)
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path} has no config that transformers can read ({error}): give a directory written by "
@@ -177,10 +187,7 @@ def skeleton(path: Path) -> nn.Module:
 
 def from_directory(path: Path) -> ModelSource:
     """A checkpoint directory; each tensor is read from its file when it is needed."""
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a directory: give a local Hugging Face model directory, or a module in memory"
-        )
+    _check_directory(path)
     checkpoint = open_checkpoint(path)
     if checkpoint.format is not None:
         raise CheckpointError(
@@ -211,6 +218,13 @@ def from_directory(path: Path) -> ModelSource:
 
     dtypes = [files.info(on_disk).dtype for on_disk in stored.values()]
     return ModelSource(module, read, path, stored, max(set(dtypes), key=dtypes.count, default=torch.float32))
+
+
+def _check_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory: give a local Hugging Face model directory, or a module in memory"
+        )
 
 
 def match_names(
@@ -244,7 +258,10 @@ def _through_transformers(path: Path, module: nn.Module, missing: list[str]) -> 
             "the checkpoint is incomplete or belongs to another config"
         )
     source = from_module(model.eval())
-    note = f"read whole through transformers: {len(missing)} parameters, such as {missing[0]!r}, are stored under other names"
+    note = (
+        f"read whole through transformers: {len(missing)} parameters, such as {missing[0]!r}, are stored "
+        "under other names"
+    )
     return ModelSource(source.module, source.read, path, notes=[note])
 
 
