@@ -71,7 +71,8 @@ class SearchScales(Pass):
         families: candidate families.
         sample_rows: output channels of each linear that the search looks at; 0 for all.
         shrinks: clipping that is searched along; ``(1.0,)`` searches with the min-max grid.
-        rounding: how candidates are rounded: as ``round-weights`` will, or to the nearest.
+        rounding: how candidates are rounded: to the nearest, or as ``round-weights`` will. The second
+            costs more and chose no better where it was measured (docs/quality.md).
         objective: where losses are measured: at the linears' own outputs, exactly and over all tokens,
             or at the output of the block they feed, over a few samples (all rows, finalists only).
         finalists: candidates that the block objective compares, the best by the other.
@@ -86,7 +87,7 @@ class SearchScales(Pass):
     families: tuple[Literal["activation", "duo"], ...] = ("activation", "duo")
     sample_rows: int = 64
     shrinks: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7)
-    rounding: Literal["compensated", "nearest"] = "compensated"
+    rounding: Literal["nearest", "compensated"] = "nearest"
     objective: Literal["linear", "block"] = "linear"
     finalists: int = 8
 
