@@ -25,6 +25,8 @@ INT4_ROWS = 8
 GROUPS = (256, 128, 64, 32)
 #: Rows after which the order of the packed codes repeats, on every instruction set.
 _BLOCK = 64
+_INT4_MATMUL = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+_INT4_PACK = torch.ops.aten._convert_weight_to_int4pack_for_cpu.default
 
 LIBRARY.define(
     "qlinear_cpu(Tensor x, Tensor packed, Tensor scales_and_zeros, Tensor? dense, Tensor? bias, "
@@ -54,7 +56,7 @@ def qlinear_cpu(
     if dense is not None and rows.shape[0] > INT4_ROWS:
         out = F.linear(rows, dense)
     else:
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, group_size, scales_and_zeros)
+        out = _INT4_MATMUL(rows, packed, group_size, scales_and_zeros)
     out = out.to(x.dtype)
     if bias is not None:
         out.add_(bias)
@@ -177,7 +179,7 @@ def _offset(bits: int) -> int:
 
 
 def _pack(codes: Tensor) -> Tensor:
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    return _INT4_PACK(codes.int(), 1)
 
 
 def _nibbles(packed: Tensor) -> Tensor:
