@@ -88,7 +88,7 @@ class Graph:
         """The graph as stable text: one line a node with name, op, operands, shape and dtype."""
         from awqc.text import graph_text
 
-        return graph_text(self)
+        return graph_text(self.fx)
 
     # -- changing --------------------------------------------------------------------------------------
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-
-if TYPE_CHECKING:
-    from awqc.graph import Graph
 
 _DTYPES = {
     torch.float64: "f64",
@@ -23,9 +20,9 @@ _DTYPES = {
 }
 
 
-def graph_text(graph: Graph) -> str:
+def graph_text(graph: fx.Graph) -> str:
     """One line a node: ``name: f32[1, 16, 64] = aten.linear(x, model.q.weight)``."""
-    return "\n".join(_line(node) for node in graph.fx.nodes) + "\n"
+    return "\n".join(_line(node) for node in graph.nodes) + "\n"
 
 
 def diff_text(before: str, after: str) -> str:
