@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from awqc.errors import CaptureError
 from awqc.graph import Graph
 from awqc.source import ModelSource, aliases, named_tensors, swapped_tensors
+from awqc.views import BUFFER, CONSTANT, PARAMETER
 from awqc.weights import Weights
 
 #: Forward arguments that would make the graph stateful or its output a tuple.
@@ -86,7 +87,7 @@ def capture(
     with evaluation_mode(module), swapped_tensors(module, as_fake), torch.no_grad():
         try:
             program = torch.export.export(module, (), fake_kwargs, strict=False)
-        except Exception as error:  # noqa: BLE001 - torch.export raises whatever the traced code raises
+        except Exception as error:
             raise CaptureError(
                 f"{type(module).__name__} could not be traced by torch.export: "
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
@@ -127,7 +128,11 @@ def _named_graph(
                 continue
             if name not in by_name:
                 by_name[name] = nodes.create_node("get_attr", name, name=name.replace(".", "_"))
-                by_name[name].meta = {"val": node.meta["val"]}
+                role = PARAMETER if node.name in signature.inputs_to_parameters else BUFFER
+                by_name[name].meta = {
+                    "val": node.meta["val"],
+                    "role": CONSTANT if node.name in constants else role,
+                }
             env[node] = by_name[name]
         elif node.op == "output":
             outputs = [n for n in tree_flatten(node.args)[0] if isinstance(n, fx.Node)]

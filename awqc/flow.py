@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from awqc.graph import Graph
 from awqc.sites import Part, Site, Sites
-from awqc.views import TRANSPOSES, shape
+from awqc.views import CONSTANT, is_transpose, operand, shape
 
 #: Index tensors larger than this are not built to invert a movement of a parameter.
 _LARGEST_INVERSE = 1 << 22
@@ -76,13 +76,13 @@ class Scaled:
 
 def compact(ids: Tensor) -> Tensor:
     """The same ids with stride 0 along every dimension in which they do not change."""
-    shape_ = ids.shape
-    for dim in range(ids.ndim):
-        if ids.shape[dim] > 1:
-            first = ids.narrow(dim, 0, 1)
-            if ids.stride(dim) == 0 or bool((ids == first).all()):
-                ids = first
-    return ids.expand(shape_)
+    core = Scaled(ids).core()
+    for dim, size in enumerate(core.shape):
+        if size > 1:
+            first = core.narrow(dim, 0, 1)
+            if bool((core == first).all()):
+                core = first
+    return core.expand(ids.shape)
 
 
 Value = Scaled | list["Scaled | None"] | None
@@ -113,8 +113,6 @@ class Op:
         return self.node.args
 
     def arg(self, index: int, name: str | None = None, default: Any = None) -> Any:
-        from awqc.views import operand
-
         return operand(self.node, index, name, default)
 
     def value(self, operand: Any) -> Scaled | None:
@@ -125,6 +123,12 @@ class Op:
     def values(self, operand: Any) -> Value:
         """Like :meth:`value` for operands that are lists of tensors."""
         return self._flow.values.get(operand) if isinstance(operand, fx.Node) else None
+
+    def constant(self, operand: Any) -> Tensor | None:
+        """The value of an operand that is written in the forward, such as a list of indices; else None."""
+        if isinstance(operand, fx.Node) and operand.op == "get_attr" and operand.meta.get("role") == CONSTANT:
+            return self._flow.graph.weights[str(operand.target)]
+        return None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,10 +155,10 @@ def op_name(node: fx.Node) -> str:
 
 @dataclass
 class Flow:
-    """One run: ``site`` divided by channels along ``axes``, followed to a fixpoint.
+    """One run: some tensors are divided by channels, and that is followed to a fixpoint.
 
-    After :meth:`run`, ``alive`` marks the channels that may be scaled, ``parts`` says how every involved
-    parameter changes, and ``values`` how every involved tensor does.
+    After :meth:`run`, ``alive`` marks the channels that may be scaled, :meth:`parts` says how every involved
+    parameter changes, ``values`` how every involved tensor does, and :meth:`refusal` why a channel may not.
     """
 
     graph: Graph
@@ -164,32 +168,37 @@ class Flow:
     values: dict[fx.Node, Value] = field(default_factory=dict)
     joined: dict[fx.Node, Site] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
-    reached: set[fx.Node] = field(default_factory=set)
     alive: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
-    def run(self, site: Site, seed: Tensor) -> Flow:
-        """Follow ``seed``, ids of the site's shape.
+    def run(self, seeds: Mapping[fx.Node, Tensor]) -> Flow:
+        """Follow ``seeds``: ids of the shape of each node that is divided to begin with.
 
         Every node that reads a scaled value is visited again whenever one of its operands changes, so at
         the end each rule has judged the final values.
         """
         from awqc.rules import rule_for
 
-        self.channels = int(seed.max()) + 1
+        self.channels = 1 + max(int(Scaled(ids).core().max()) for ids in seeds.values())
         self.alive = torch.ones(self.channels, dtype=torch.bool)
-        self.joined[site.node] = site
+        self._cause = torch.full((self.channels,), -1)
         self._queue: list[tuple[int, fx.Node]] = []
         self._queued: set[fx.Node] = set()
-        self._update(site.node, Scaled(seed))
+        for node, ids in seeds.items():
+            site = self.sites.of(node)
+            if site is not None:
+                self.joined[node] = site
+            self._update(node, Scaled(ids))
         budget = 64 * len(self.order)
         while self._queue and bool(self.alive.any()):
             _, node = heapq.heappop(self._queue)
             self._queued.discard(node)
-            self.reached.add(node)
             budget -= 1
             if node.target is operator.getitem:
                 pieces = self.values.get(node.args[0])  # type: ignore[arg-type]
                 self._update(node, pieces[node.args[1]] if isinstance(pieces, list) else None)  # type: ignore[index]
+                continue
+            if not any(source in self.values for source in node.all_input_nodes):
+                self._update(node, None)
                 continue
             rule = rule_for(node)
             if rule is None or budget < 0:
@@ -214,9 +223,20 @@ class Flow:
         padded = torch.cat([self.alive, torch.zeros(1, dtype=torch.bool)])
         return torch.where(padded[ids], ids, -1)
 
+    def refusal(self, node: fx.Node) -> Refusal | None:
+        """What stopped the first refused channel of the tensor of ``node``; None if all are alive."""
+        value = self.values.get(node)
+        if not isinstance(value, Scaled):
+            return None
+        causes = self._cause[value.used()]
+        causes = causes[causes >= 0]
+        return self.refusals[int(causes[0])] if len(causes) else None
+
     def poison(self, ids: Tensor, refusal: Refusal) -> None:
-        if bool(self.alive[ids].any()):
+        ids = ids[self.alive[ids]]
+        if len(ids):
             self.alive[ids] = False
+            self._cause[ids] = len(self.refusals)
             self.refusals.append(refusal)
 
     def join(self, operand: fx.Node, wanted: Scaled) -> bool:
@@ -252,6 +272,9 @@ class Flow:
         before = self.values.get(node)
         if isinstance(value, Scaled):
             value = Scaled(compact(value.ids), value.degree)
+            if not bool((value.core() >= 0).any()):
+                value = None
+        if isinstance(value, Scaled):
             if value.same(before if isinstance(before, Scaled) else None):
                 return
         elif value is None and before is None:
@@ -269,8 +292,8 @@ class Flow:
 
     def _refuse_all(self, node: fx.Node, reason: str) -> None:
         refusal = Refusal(reason, node.name, op_name(node))
-        for operand in node.all_input_nodes:
-            self._refuse(self.values.get(operand), refusal)
+        for source in node.all_input_nodes:
+            self._refuse(self.values.get(source), refusal)
 
     def _refuse(self, value: Value, refusal: Refusal) -> None:
         for item in value if isinstance(value, list) else [value]:
@@ -290,7 +313,7 @@ def _moves_only(node: fx.Node) -> bool:
 
 def _invert(site: Site, chain: list[fx.Node], wanted: Scaled) -> Scaled | None:
     """Ids of the site such that the movements of ``chain`` (outermost first) turn them into ``wanted``."""
-    if all(node.target in TRANSPOSES and len(shape(node)) == 2 for node in chain):
+    if all(is_transpose(node) for node in chain):
         return Scaled(compact(wanted.ids.t() if len(chain) % 2 else wanted.ids), wanted.degree)
     size = shape(site.node)
     count = int(torch.Size(size).numel())

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from awqc.flow import Flow, Refusal, Scaled, op_name, seeds
+from awqc.flow import Flow, Refusal, Scaled, seeds
 from awqc.graph import Graph
+from awqc.refusals import Refusals
 from awqc.sites import Part, Sites, divisor, find_sites, fold
 from awqc.views import Linear, linear, linears
 from awqc.weights import Weights
@@ -88,32 +89,32 @@ class ScaleGroups:
 def find_groups(graph: Graph) -> ScaleGroups:
     """Follow every site of the graph; keep the flows that end in linears.
 
-    Where several flows reach one linear, the one that reaches most linears wins, then the first in the
-    order of the graph.
+    Where several flows reach one linear, the one that reaches most linears wins, then the one that keeps
+    most channels, then the first in the order of the graph.
     """
     sites = graph.facts.get(Sites)
     if sites is None:
         sites = find_sites(graph)
     order = graph.order()
-    by_name = {view.parameter: view for view in linears(graph)}
+    views = list(linears(graph))
+    by_name = {view.parameter: view for view in views}
     found: list[ScaleGroup] = []
-    stopped: dict[fx.Node, Refusal] = {}
+    refusals = Refusals(views)
     for node in graph.nodes:
         site = sites.of(node)
         if site is None or not node.meta["val"].is_floating_point():
             continue
         for seed in seeds(site):
-            flow = Flow(graph, sites, order).run(site, seed)
+            flow = Flow(graph, sites, order).run({node: seed})
             group = _group(flow, site.parameter, by_name)
             if group is not None:
                 found.append(group)
-            if flow.refusals:
-                for reached in flow.reached:
-                    stopped.setdefault(reached, flow.refusals[-1])
+            refusals.add(flow)
     chosen = _choose(found, order)
     taken = {name for group in chosen for name in group.linears}
-    refusals = {name: _why_not(view, stopped, sites) for name, view in by_name.items() if name not in taken}
-    return ScaleGroups(chosen, refusals)
+    return ScaleGroups(
+        chosen, {name: refusals.of(view) for name, view in by_name.items() if name not in taken}
+    )
 
 
 def _group(flow: Flow, name: str, by_name: Mapping[str, Linear]) -> ScaleGroup | None:
@@ -132,24 +133,12 @@ def _group(flow: Flow, name: str, by_name: Mapping[str, Linear]) -> ScaleGroup |
 def _choose(found: list[ScaleGroup], order: Mapping[fx.Node, int]) -> list[ScaleGroup]:
     chosen: list[ScaleGroup] = []
     taken: set[str] = set()
-    for group in sorted(found, key=lambda g: -len(g.linears)):
+    for group in sorted(found, key=lambda g: (-len(g.linears), -int(g.alive.sum()))):
         if taken.isdisjoint(group.linears):
             chosen.append(group)
             taken.update(group.linears)
-    first = {id(g): min(order[p.site.node.users.copy().popitem()[0]] for p in g.consumers) for g in chosen}
+    first = {id(g): min(order[reader] for p in g.consumers for reader in p.site.node.users) for g in chosen}
     return sorted(chosen, key=lambda g: first[id(g)])
-
-
-def _why_not(view: Linear, stopped: Mapping[fx.Node, Refusal], sites: Sites) -> str:
-    """The op that stands between a linear and the nearest parameter that could absorb its scale."""
-    if view.node in stopped:
-        return str(stopped[view.node])
-    source = view.input
-    if source in stopped:
-        return str(stopped[source])
-    if source.op == "placeholder":
-        return f"its input {source} is an input of the model: nothing before it can absorb a scale"
-    return f"{op_name(source)} ({source.name}): no parameter scales its result"
 
 
 def random_scales(group: ScaleGroup, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@ A fold divides a *site*. For most the site is the parameter itself. Where a forw
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from awqc.errors import VerifyError
 from awqc.graph import Graph
 from awqc.quantized import QuantizedWeight
+from awqc.views import is_parameter, scalar_operand
 from awqc.weights import Rounded, Weights
 
 
@@ -41,14 +43,22 @@ class Site:
         return ((expression / divisor.double() - self.offset) / self.factor).to(value.dtype)
 
 
-class Sites(dict[fx.Node, Site]):
-    """Non-trivial sites by node; every ``get_attr`` that is in none is a site of its own."""
+class Sites:
+    """All sites of a graph.
+
+    Args:
+        expressions: the non-trivial ones; every other parameter is a site of its own.
+    """
+
+    def __init__(self, expressions: Iterable[Site] = ()) -> None:
+        self.expressions = {site.node: site for site in expressions}
+        self._inside = {site.parameter for site in self.expressions.values()}
 
     def of(self, node: fx.Node) -> Site | None:
         """The site that ``node`` computes, if it is one."""
-        if node in self:
-            return self[node]
-        if node.op == "get_attr" and not any(site.parameter == node.target for site in self.values()):
+        if node in self.expressions:
+            return self.expressions[node]
+        if is_parameter(node) and node.target not in self._inside:
             return Site(str(node.target), node)
         return None
 
@@ -109,8 +119,8 @@ def fold(part: Part, scales: Tensor, weights: Weights) -> None:
 
 def find_sites(graph: Graph) -> Sites:
     """Affine expressions with an offset of a parameter that nothing else reads."""
-    sites = Sites()
-    for attr in graph.parameters().values():
+    found = []
+    for attr in filter(is_parameter, graph.parameters().values()):
         node, factor, offset = attr, 1.0, 0.0
         while len(node.users) == 1:
             step = _affine_step(next(iter(node.users)), node)
@@ -119,14 +129,12 @@ def find_sites(graph: Graph) -> Sites:
             times, plus = step
             node, factor, offset = next(iter(node.users)), factor * times, offset * times + plus
         if offset != 0.0 and factor != 0.0 and math.isfinite(factor):
-            sites[node] = Site(str(attr.target), node, factor, offset)
-    return sites
+            found.append(Site(str(attr.target), node, factor, offset))
+    return Sites(found)
 
 
 def _affine_step(node: fx.Node, operand: fx.Node) -> tuple[float, float] | None:
     """(times, plus) if ``node`` computes ``times * operand + plus`` with numbers; None otherwise."""
-    from awqc.views import scalar_operand
-
     aten = torch.ops.aten
     target = node.target
     if target in (aten.to.dtype, aten._to_copy.default, aten.to.device, aten.to.dtype_layout):

@@ -13,8 +13,10 @@ from awqc.graph import Graph
 
 aten = torch.ops.aten
 
-#: Ops that only change how a two-dimensional weight is laid out.
-TRANSPOSES = (aten.permute.default, aten.t.default, aten.transpose.int)
+#: What a ``get_attr`` node reads, as ``meta["role"]``; a parameter unless it says otherwise.
+PARAMETER, BUFFER, CONSTANT = "parameter", "buffer", "constant"
+#: Ops whose only operand, when it is two-dimensional, comes out transposed.
+_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default)
 #: Ops that keep the values of every last-dimension vector and only regroup the leading dimensions.
 REGROUPS = (
     aten.view.default,
@@ -53,6 +55,32 @@ def dtype(node: fx.Node) -> torch.dtype:
     """Dtype of the tensor that ``node`` computes."""
     result: torch.dtype = node.meta["val"].dtype
     return result
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether ``node`` reads a parameter, not a buffer or a constant written in the forward: those are
+    computed anew when the model is built, so a change to them would be lost."""
+    return node.op == "get_attr" and node.meta.get("role", PARAMETER) == PARAMETER
+
+
+def weight_behind(node: fx.Node) -> tuple[fx.Node, bool] | None:
+    """The two-dimensional parameter that ``node`` is, and whether ``node`` is its transpose; or None."""
+    transposed = is_transpose(node)
+    attr = node.args[0] if transposed else node
+    if not isinstance(attr, fx.Node) or not is_parameter(attr) or len(shape(attr)) != 2:
+        return None
+    return attr, transposed
+
+
+def is_transpose(node: fx.Node) -> bool:
+    """Whether ``node`` transposes a two-dimensional tensor."""
+    if node.op != "call_function" or len(shape(node)) != 2:
+        return False
+    if node.target is aten.permute.default:
+        return [dim % 2 for dim in operand(node, 1, "dims")] == [1, 0]
+    if node.target in (aten.transpose.int, aten.swapaxes.default):
+        return operand(node, 1) % 2 != operand(node, 2) % 2
+    return node.target in _TRANSPOSES
 
 
 @dataclass(frozen=True)
@@ -116,14 +144,11 @@ def linear(node: fx.Node) -> Linear | None:
         return None
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
-    transposed = False
-    if weight.target in TRANSPOSES and len(shape(weight)) == 2:
-        source = weight.args[0]
-        assert isinstance(source, fx.Node)
-        weight, transposed = source, True
-    if weight.op != "get_attr" or len(shape(weight)) != 2:
+    found = weight_behind(weight)
+    if found is None:
         return None
-    return Linear(node, str(weight.target), transposed)
+    attr, transposed = found
+    return Linear(node, str(attr.target), transposed)
 
 
 def linears(graph: Graph) -> Iterator[Linear]:

@@ -36,6 +36,7 @@ class Sample:
         kwargs: keyword arguments.
         scale: position of the tensor among the tensors in ``args`` -> ids of its shape (broadcastable).
         parameters: positions of tensors that are parameters, and so may join the flow.
+        constants: positions of tensors that are written in the forward, so that their values are known.
         alive: how many channels must survive; None when all must.
     """
 
@@ -43,6 +44,7 @@ class Sample:
     scale: dict[int, Tensor]
     kwargs: dict[str, Any] = field(default_factory=dict)
     parameters: tuple[int, ...] = ()
+    constants: tuple[int, ...] = ()
     alive: int | None = None
 
 

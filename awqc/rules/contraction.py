@@ -124,7 +124,8 @@ def matmul(op: Op) -> Value:
             return Scaled(right.ids.narrow(-2, 0, 1).expand(op.shape), right.degree)
         op.poison(right, _MIXED)
         return None
-    assert left is not None
+    if left is None:
+        return None
     if left.constant_along(left.ids.ndim - 1):
         return Scaled(left.ids.narrow(-1, 0, 1).expand(op.shape), left.degree)
     rows_alike = all(left.constant_along(dim) for dim in range(left.ids.ndim - 1))

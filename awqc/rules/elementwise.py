@@ -29,11 +29,16 @@ _PAIRS = torch.arange(8, dtype=torch.int32) // 2
 @rule(aten._to_copy.default, samples=[Sample((_X,), scale={0: _IDS}, kwargs={"dtype": torch.float64})])
 @rule(aten.to.device, samples=[Sample((_X, "cpu", torch.float64), scale={0: _IDS})])
 @rule(aten.to.dtype_layout, samples=[Sample((_X,), scale={0: _IDS}, kwargs={"dtype": torch.float64})])
-@rule(aten.type_as.default, samples=[Sample((_X, _Y), scale={0: _IDS})])
+@rule(
+    aten.type_as.default,
+    samples=[
+        Sample((_X, _Y), scale={0: _IDS}),
+        Sample((_X, _Y), scale={0: _IDS, 1: _IDS.flip(0)}),
+        Sample((_X, _Y), scale={1: _IDS}),
+    ],
+)
 def homogeneous(op: Op) -> Value:
     """``f(x / s) = f(x) / s`` for every positive ``s``."""
-    if any(op.value(other) is not None for other in op.args[1:]):
-        return None  # only the dtype of the second operand is read
     if op.node.target is aten.dropout.default and op.arg(2):
         op.poison(op.value(op.args[0]), "dropout is active")
         return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,12 +20,16 @@ _ONE_TENSOR = (
     aten._unsafe_view.default,
     aten.permute.default,
     aten.transpose.int,
+    aten.swapaxes.default,
     aten.t.default,
+    aten.numpy_T.default,
+    aten.mT.default,
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.squeeze.default,
     aten.expand.default,
+    aten.broadcast_to.default,
     aten.slice.Tensor,
     aten.select.int,
     aten.narrow.default,
@@ -51,6 +57,15 @@ _SEVERAL = (
 )
 
 
+_RESHAPES = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
+
+
 def is_movement(node: fx.Node) -> bool:
     """Whether ``node`` only places the elements of its first operand."""
     return node.target in _ONE_TENSOR or node.target in _KEEP_VALUES
@@ -69,10 +84,12 @@ _CALLS: dict[Any, tuple[Any, ...]] = {
     aten._unsafe_view.default: ([6, 8],),
     aten.permute.default: ([2, 0, 1],),
     aten.transpose.int: (1, 2),
+    aten.swapaxes.default: (1, 2),
     aten.unsqueeze.default: (1,),
     aten.squeeze.dim: (0,),
     aten.squeeze.dims: ([0],),
     aten.expand.default: ([5, 2, 3, 8],),
+    aten.broadcast_to.default: ([5, 2, 3, 8],),
     aten.slice.Tensor: (2, 2, 6),
     aten.select.int: (1, 1),
     aten.narrow.default: (2, 1, 4),
@@ -90,12 +107,48 @@ def _one_tensor(op: Op) -> Value:
     value = op.value(op.args[0])
     if value is None:
         return None
+    if op.node.target in _RESHAPES:
+        return Scaled(reshaped(value.ids, op.shape), value.degree)
     return Scaled(op.node.target(value.ids, *op.args[1:], **op.node.kwargs), value.degree)  # type: ignore[operator]
+
+
+def reshaped(ids: Tensor, size: Sequence[int]) -> Tensor:
+    """``ids.reshape(size)``, with constant dimensions of ``ids`` (stride 0) kept that way.
+
+    Input and output dimensions are cut into the shortest runs of equal product. Each run is reshaped within
+    itself, so one that is constant stays a single element: tokens are not spread out to merge heads.
+    """
+    if ids.numel() == 0:
+        return ids.reshape(list(size))
+    core = Scaled(ids).core()
+    before, after = list(ids.shape), list(size)
+    spread: list[int] = []
+    merged: list[int] = []
+    while before or after:
+        a, b = before[:1], after[:1]
+        while math.prod(a) != math.prod(b):
+            if math.prod(a) < math.prod(b):
+                a = before[: len(a) + 1]
+            else:
+                b = after[: len(b) + 1]
+        before, after = before[len(a) :], after[len(b) :]
+        constant = math.prod(core.shape[len(spread) : len(spread) + len(a)]) == 1
+        spread += [1] * len(a) if constant else a
+        merged += [1] * len(b) if constant else b
+    return core.expand(spread).reshape(merged).expand(list(size))
 
 
 for _op in _ONE_TENSOR:
     _x = _X[0] if _op is aten.t.default else _X
-    rule(_op, samples=[Sample((_x, *_CALLS.get(_op, ())), scale=_LAST)])(_one_tensor)
+    _samples = [Sample((_x, *_CALLS.get(_op, ())), scale=_LAST)]
+    if _op is aten.view.default:
+        _samples += [
+            Sample((_X, [2, 24]), scale={0: _ids(1, 1, 8)}),
+            Sample((_X, [2, 24, 1]), scale={0: _ids(1, 3, 1)}),
+            Sample((_X[None, :, None], [6, 1, 4, 2, 1]), scale={0: _ids(1, 2, 1, 1, 1)}),
+            Sample((_X, [48]), scale={0: _ids(2, 1, 1)}),
+        ]
+    rule(_op, samples=_samples)(_one_tensor)
 
 
 @rule(*_KEEP_VALUES, samples=[Sample((_X,), scale=_LAST), Sample((_X,), scale={0: _ids(2, 1, 8)})])

@@ -1,8 +1,9 @@
-"""Sums and lookups: what is added together must carry one scale."""
+"""Sums and lookups: what is added, or picked by values unknown, must carry one scale."""
 
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from awqc.flow import Op, Scaled, Value
 from awqc.rules import Sample, rule
@@ -62,3 +63,38 @@ def embedding(op: Op) -> Value:
         op.poison(table, "rows that are looked up carry different scales")
         return None
     return Scaled(table.ids[0].expand(op.shape), table.degree)
+
+
+_GRID = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+_ROWS = torch.arange(4, dtype=torch.int32)[:, None]
+
+
+@rule(
+    aten.index.Tensor,
+    samples=[
+        Sample((_GRID, [None, None, torch.tensor([-1])]), scale={0: _ROWS}, constants=(1,), alive=4),
+        Sample((_GRID, [None, None, torch.tensor([3, 1])]), scale={0: _IDS}),
+        Sample((_GRID, [torch.tensor([[1, 0, 1]]), torch.tensor([[2], [0]])]), scale={0: _IDS}),
+        Sample((_GRID, [None, None, torch.tensor([-1])]), scale={0: _ROWS}, alive=0),
+        Sample((_GRID, [None, None, torch.tensor([True, False, True, True])]), scale={0: _IDS}, alive=0),
+    ],
+)
+def index(op: Op) -> Value:
+    """Rows picked by constants take their ids along; rows picked by anything else must carry one scale."""
+    value = op.value(op.args[0])
+    if value is None:
+        return None
+    picks: list[torch.Tensor | None] = []
+    for dim, where in enumerate(op.args[1]):
+        if not isinstance(where, fx.Node):
+            picks.append(None)
+            continue
+        known = op.constant(where)
+        fake = where.meta["val"]
+        if fake.dtype == torch.bool or (known is None and not value.constant_along(dim)):
+            op.poison(value, f"picks by {where}, whose values are not known, what is scaled differently")
+            return None
+        one = torch.zeros([1] * fake.ndim, dtype=torch.long)
+        picks.append(one if value.constant_along(dim) or known is None else known)
+    ids = op.node.target(value.core(), picks)  # type: ignore[operator]
+    return Scaled(ids.expand(op.shape), value.degree)
