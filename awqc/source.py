@@ -182,6 +182,9 @@ def skeleton(path: Path) -> nn.Module:
         module = build(config, dtype=torch.float32)
     if hasattr(module, "tie_weights"):
         module.tie_weights()
+    if (path / "generation_config.json").is_file():
+        # Where a chat model ends its turns, among other things.
+        module.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return module.eval()
 
 
