@@ -1,0 +1,5 @@
+"""``python -m awqc``."""
+
+from awqc.cli.main import run
+
+run()

@@ -1,0 +1,212 @@
+"""``awqc compile``: a float model in, a quantized checkpoint out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from awqc.cli.options import Backend, Column, Debug, Device, FloatModel, Full, Json, Seed, Split
+from awqc.cli.output import Bars, print_json, stdout
+from awqc.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from awqc.compiled import CompiledModel
+
+_QUANTIZATION, _CALIBRATION, _PASSES = "Quantization", "Calibration", "Passes"
+
+
+def compile(
+    model: FloatModel,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="OUT", show_default=False, help="Directory to write; whole or not at all."
+        ),
+    ],
+    calib: Annotated[
+        str,
+        typer.Option(
+            metavar="DATA",
+            help="A .txt, .jsonl or .parquet file, a data set (pileval, wikitext, c4, owner/name), or self: the "
+            "model writes its own text.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = "self",
+    backend: Backend = "auto",
+    format: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Of the checkpoint: awq, compressed-tensors or awqc (any scheme)."),
+    ] = "awq",
+    bits: Annotated[int, typer.Option(help="Width of a code, 2 to 8.", rich_help_panel=_QUANTIZATION)] = 4,
+    group_size: Annotated[
+        int,
+        typer.Option(
+            help="Input channels that share a scale; -1 for whole rows.", rich_help_panel=_QUANTIZATION
+        ),
+    ] = 128,
+    zero_point: Annotated[
+        bool,
+        typer.Option(
+            "--zero-point/--symmetric", help="Asymmetric or symmetric groups.", rich_help_panel=_QUANTIZATION
+        ),
+    ] = True,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Linears to leave in float, by name or pattern ('*.down_proj'); may be repeated.",
+            show_default=False,
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = None,
+    quantize_head: Annotated[
+        bool,
+        typer.Option("--quantize-head", help="Also quantize the output head.", rich_help_panel=_QUANTIZATION),
+    ] = False,
+    propagate: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="What later layers are calibrated on: outputs of the quantized layers before them, or of the "
+            "float ones.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = "quantized",
+    max_calib_samples: Annotated[
+        int, typer.Option(help="Sequences at most.", rich_help_panel=_CALIBRATION)
+    ] = 128,
+    max_calib_seq_len: Annotated[
+        int, typer.Option(help="Tokens in a sequence.", rich_help_panel=_CALIBRATION)
+    ] = 512,
+    split: Split = None,
+    column: Column = None,
+    seed: Seed = 0,
+    before: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PASS",
+            help="Insert a pass before the pass NAME. PASS is file.py:Class, module:Class or the name of a pass, "
+            "with options as in 'file.py:Class(bits=8)'.",
+            show_default=False,
+            rich_help_panel=_PASSES,
+        ),
+    ] = None,
+    after: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PASS",
+            help="Insert a pass after the pass NAME.",
+            show_default=False,
+            rich_help_panel=_PASSES,
+        ),
+    ] = None,
+    replace: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PASS",
+            help="""Replace the pass NAME, as in 'round-weights=round-weights(method="nearest")'.""",
+            show_default=False,
+            rich_help_panel=_PASSES,
+        ),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Leave the pass NAME out.", show_default=False, rich_help_panel=_PASSES
+        ),
+    ] = None,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at OUT.")] = False,
+    full: Full = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize MODEL and write a checkpoint that transformers, vLLM and awqc load."""
+    with Bars("reading the model") as bars:
+        from awqc.api import compile as compile_model
+        from awqc.checkpoints import check_output
+        from awqc.cli.models import check_device, quiet
+        from awqc.cli.passes import edit
+        from awqc.cli.storable import Storable
+        from awqc.config import QuantConfig
+        from awqc.pipeline import Pipeline
+
+        quiet()
+        config = QuantConfig(
+            bits,
+            group_size,
+            zero_point,
+            propagate,  # type: ignore[arg-type]  # checked by QuantConfig itself
+            tuple(keep or ()),
+            quantize_head,
+            seed,
+        )
+        # What can be refused is refused now: a compile may take hours.
+        if check_output(out, overwrite=overwrite) == model.resolve():
+            raise ConfigError(f"{out} is the model itself: choose another output path")
+        storable = Storable(format)
+        storable.check_scheme(config.scheme)
+        pipeline = edit(
+            Pipeline.default().insert_after("insert-observers", storable),
+            before or (),
+            after or (),
+            replace or (),
+            without or (),
+        )
+        compiled = compile_model(
+            model,
+            calib,
+            backend=backend,
+            config=config,
+            pipeline=pipeline,
+            max_calib_samples=max_calib_samples,
+            max_calib_seq_len=max_calib_seq_len,
+            split=split,
+            column=column,
+            device=check_device(device),
+            progress=bars,
+        )
+        bars.now(f"writing {out}")
+        path = save(compiled, out, format, overwrite)
+    if json:
+        print_json({"path": str(path), "format": format, "report": compiled.report.as_dict()})
+        return
+    from awqc import tables
+
+    report = compiled.report
+    parts = [tables.summary(report), tables.linears(report, full), tables.notes(report)]
+    stdout().print(tables.spaced(part for part in parts if part is not None))
+    stdout().print(f"\n{path} ({format}, {tables.size(size_on_disk(path))} of tensors)", soft_wrap=True)
+    stdout().print(
+        f"next: awqc generate {out} --prompt ...; awqc inspect {out} shows every decision", soft_wrap=True
+    )
+
+
+def save(compiled: CompiledModel, out: Path, format: str, overwrite: bool) -> Path:
+    """Write the checkpoint; what the format turns out not to carry is kept in the one that carries all.
+
+    Raises:
+        CheckpointError: if it could not be written, or not in this format.
+    """
+    from awqc.checkpoints import check_format
+
+    linears = {
+        name: (linear.out_features, linear.in_features, linear.scheme)
+        for name, linear in compiled.quantized_linears().items()
+    }
+    try:
+        check_format(format, linears)
+    except CheckpointError as error:
+        path = compiled.save(out, "awqc", overwrite=overwrite)
+        raise CheckpointError(
+            f"{error}. Nothing is lost: the result is in {path} in format 'awqc', from which awqc.load(...)"
+            ".save(..., format=...) writes another"
+        ) from error
+    return compiled.save(out, format, overwrite=overwrite)
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of the safetensors files in a model directory."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))

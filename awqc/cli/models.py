@@ -1,0 +1,59 @@
+"""Models as commands get them: dense or quantized, by their directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from awqc.checkpoints import open_checkpoint
+from awqc.errors import ConfigError
+from awqc.loading import load
+from awqc.source import open_source
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def quiet() -> None:
+    """Leave stderr to awqc: no warnings and progress bars of transformers."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def check_device(name: str) -> torch.device:
+    """The device called ``name``.
+
+    Raises:
+        ConfigError: if torch does not know it or this machine lacks it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--device {name}: torch cannot use it here ({reason}): try --device cpu"
+        ) from error
+    return device
+
+
+def open_model(path: Path, backend: str = "auto", device: str = "cpu", dtype: str | None = None) -> Any:
+    """A causal language model that runs, read from a float or a quantized checkpoint.
+
+    Raises:
+        CheckpointError: if the directory is missing, damaged or disagrees with its config.
+        BackendError: for an unknown backend.
+        ConfigError: for an unknown dtype or a device that is not there.
+    """
+    quiet()
+    place = check_device(device)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(_DTYPES)}")
+    chosen = _DTYPES[dtype] if dtype is not None else None
+    if path.is_dir() and open_checkpoint(path).format is not None:
+        return load(path, backend, device=place, dtype=chosen)
+    source = open_source(path)
+    usual = torch.float32 if place.type == "cpu" else source.half
+    return source.materialized().to(place, chosen or usual)

@@ -1,0 +1,56 @@
+"""Options that several commands share, each declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+#: Where ``--debug`` is kept for whoever reports errors.
+DEBUG = "awqc.debug"
+
+
+def _remember(context: typer.Context, debug: bool) -> bool:
+    context.meta[DEBUG] = debug
+    return debug
+
+
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="Directory with config.json and safetensors: a float model or a quantized checkpoint.",
+    ),
+]
+FloatModel = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", show_default=False, help="Directory of the float model: config.json and safetensors."
+    ),
+]
+Backend = Annotated[
+    str, typer.Option(metavar="NAME", help="What runs the linears: auto, or a name from 'awqc backends'.")
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DTYPE",
+        help="Of activations: float32, float16 or bfloat16; float32 on the CPU and the model's own elsewhere "
+        "unless given.",
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Split, where the text is a data set.", show_default=False)
+]
+Column = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column, where the text has several.", show_default=False)
+]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Full = Annotated[bool, typer.Option("--full", help="A row for each linear and group, not for each kind.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=_remember, help="On an error, show the traceback too.")
+]
