@@ -6,6 +6,7 @@ computes the model's output (its error is not averaged by anything after it) unl
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,11 @@ from awqc.views import Linear, linears
 
 @dataclass(frozen=True)
 class InsertObservers(Pass):
-    """Observers, stages and the scheme of every linear."""
+    """Observers, stages and the scheme of every linear.
+
+    Raises:
+        ConfigError: if no linear is left to quantize, or ``group_size`` divides the width of none.
+    """
 
     name: ClassVar[str] = "insert-observers"
     requires: ClassVar[tuple[type, ...]] = (ScaleGroups,)
@@ -33,6 +38,7 @@ class InsertObservers(Pass):
         views = {view.parameter: view for view in linears(graph)}
         groups, config = graph.facts[ScaleGroups], context.config
         kept = {p: why for p, view in views.items() if (why := _why_kept(graph, view, config)) is not None}
+        _check_any_left(views, kept)
         _check_group_size([v for p, v in views.items() if p not in kept], config)
         graph.facts[Schemes] = Schemes({p: config.scheme for p in views if p not in kept})
         graph.facts[Observers] = place_observers(graph, kept)
@@ -67,6 +73,16 @@ def _why_kept(graph: Graph, view: Linear, config: QuantConfig) -> str | None:
     if readers:
         return f"its weight is also read by {readers[0]}, so it must stay in float"
     return None
+
+
+def _check_any_left(views: Mapping[str, Linear], kept: Mapping[str, str]) -> None:
+    if not views:
+        raise ConfigError("nothing to quantize: the graph holds no linear over a parameter")
+    if len(kept) == len(views):
+        parameter, why = next(iter(kept.items()))
+        raise ConfigError(
+            f"nothing to quantize: all {len(views)} linears stay in float, such as {views[parameter].name!r}: {why}"
+        )
 
 
 def _check_group_size(views: list[Linear], config: QuantConfig) -> None:
