@@ -1,0 +1,102 @@
+"""insert-observers: what is observed, what is quantized and how, and where stages begin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from awqc.calibrate import Observers, Stages
+from awqc.errors import ConfigError
+from awqc.quantized import Scheme
+from awqc.schemes import Schemes
+from tests.passes.graphs import ANALYSIS, Mlp, run, samples
+
+
+class Model(nn.Module):
+    """Attention-like readers of one norm, an MLP, and a head that shares its weight with ``embed``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Linear(32, 48, bias=False), nn.RMSNorm(32)
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.out, self.head = nn.Linear(32, 32), nn.Linear(32, 48, bias=False)
+        self.tied = nn.Linear(32, 48, bias=False)
+        self.tied.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.norm(x)
+        h = x + self.out(torch.tanh(self.q(h)) * self.k(h))
+        return self.head(h), torch.nn.functional.linear(h, self.embed.weight * 2) + self.tied(h)
+
+
+def test_one_observer_for_all_readers_of_an_activation() -> None:
+    graph, _ = run(Model(), samples(1), *ANALYSIS)
+    assert [[v.name for v in o.linears] for o in graph.facts[Observers]] == [["q", "k"], ["out"]]
+    assert [o.group.name if o.group else None for o in graph.facts[Observers]] == ["norm.weight", "k.weight"]
+
+
+def test_what_is_kept_and_why() -> None:
+    _, context = run(Model(), samples(1), *ANALYSIS, keep=("o*",))
+    assert {r.name: (r.decision, r.reason) for r in context.report.linears.values()} == {
+        "q": ("quantized", ""),
+        "k": ("quantized", ""),
+        "out": ("kept", "matches keep pattern 'o*'"),
+        "head": ("kept", "computes the model's output (quantize_head=True quantizes it)"),
+        "embed": ("kept", "its weight is also read by mul_1, so it must stay in float"),
+    }
+
+
+def test_the_head_is_quantized_when_asked_for() -> None:
+    graph, context = run(Model(), samples(1), *ANALYSIS, quantize_head=True)
+    assert context.report.linears["head.weight"].decision == "quantized"
+    assert "head.weight" in graph.facts[Schemes]
+
+
+def test_schemes_are_those_of_the_config_and_only_for_what_is_quantized() -> None:
+    graph, context = run(Mlp(), samples(1), *ANALYSIS, bits=3, zero_point=False, keep=("down",))
+    assert graph.facts[Schemes] == {"up.weight": Scheme(3, 16, False)}
+    assert context.report.linears["up.weight"].scheme == "W3 g16 sym"
+    assert context.report.linears["down.weight"].scheme == ""
+
+
+def test_stages_tile_the_graph_from_the_first_linear_on() -> None:
+    graph, _ = run(Model(), samples(1), *ANALYSIS)
+    stages = list(graph.facts[Stages])
+    order, nodes = graph.order(), graph.nodes
+    assert [s.index for s in stages] == [0, 1]
+    assert [nodes[s.start].target for s in stages] == [torch.ops.aten.linear.default] * 2
+    assert stages[0].end == stages[1].start
+    assert stages[-1].end == order[graph.output]
+    for stage in stages:
+        assert all(stage.start <= order[v.node] < stage.end for v in stage.linears)
+        # What is observed exists when the stage begins.
+        assert all(order[o.node] < stage.start for o in stage.observers)
+
+
+def test_all_linears_kept_is_a_mistake() -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(Mlp(), samples(1), *ANALYSIS, keep=("*",))
+    assert str(caught.value) == (
+        "nothing to quantize: all 2 linears stay in float, such as 'up': matches keep pattern '*'"
+    )
+
+
+def test_a_model_without_linears() -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(nn.Sequential(nn.RMSNorm(32)), [{"input": samples(1)[0]["x"]}], *ANALYSIS)
+    assert str(caught.value) == "nothing to quantize: the graph holds no linear over a parameter"
+
+
+def test_a_group_size_that_divides_nothing() -> None:
+    with pytest.raises(ConfigError) as caught:
+        run(Mlp(width=64, hidden=96), samples(1, width=64), *ANALYSIS, group_size=60)
+    assert str(caught.value) == (
+        "group_size=60 divides the input width of none of the 2 linears (64, 96): use 32, 64, -1 (whole rows)"
+    )
+
+
+def test_a_group_size_that_divides_some_leaves_ragged_groups_in_the_others() -> None:
+    graph, _ = run(Mlp(width=32, hidden=48), samples(1), *ANALYSIS, group_size=32)
+    assert {s.group_size for s in graph.facts[Schemes].values()} == {32}
