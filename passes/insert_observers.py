@@ -81,7 +81,8 @@ def _check_any_left(views: Mapping[str, Linear], kept: Mapping[str, str]) -> Non
     if len(kept) == len(views):
         parameter, why = next(iter(kept.items()))
         raise ConfigError(
-            f"nothing to quantize: all {len(views)} linears stay in float, such as {views[parameter].name!r}: {why}"
+            f"nothing to quantize: all {len(views)} linears stay in float, such as "
+            f"{views[parameter].name!r}: {why}"
         )
 
 

@@ -52,7 +52,7 @@ AFFINE = {
 @pytest.mark.parametrize("case", AFFINE)
 def test_an_affine_expression_becomes_a_site_that_folds(case: str) -> None:
     expression, factor, offset = AFFINE[case]
-    ((site,), graph) = expressions(expression)
+    (site,) = expressions(expression)[0]
     assert (site.parameter, site.factor, site.offset) == ("w", factor, offset)
     divisor = torch.linspace(0.25, 4, 8)
     module = Scaled(expression)
