@@ -63,6 +63,17 @@ class PackedLinear:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
+    def tensor(self, name: str) -> Tensor:
+        """The packed tensor ``name`` of those that are never absent.
+
+        Raises:
+            KeyError: if it is not there after all.
+        """
+        tensor = self.tensors[name]
+        if tensor is None:
+            raise KeyError(name)
+        return tensor
+
 
 class Backend(ABC):
     """One lowering of ``awqc.qlinear``. Stateless: options are constructor arguments."""

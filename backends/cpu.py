@@ -68,6 +68,6 @@ class CpuBackend(Backend):
         )
 
     def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:
-        codes = AtenInt4.unpack(packed.tensors["packed"], shape.scheme.bits)
+        codes = AtenInt4.unpack(packed.tensor("packed"), shape.scheme.bits)
         scales, zeros = packed.kept["scales"], packed.kept["zeros"]
         return QuantizedWeight(codes, scales, zeros, shape.scheme), packed.tensors["bias"]

@@ -27,6 +27,5 @@ class ReferenceBackend(Backend):
         )
 
     def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:
-        tensors = packed.tensors
-        codes, scales, zeros = (tensors[name] for name in ("codes", "scales", "zeros"))
-        return QuantizedWeight(codes, scales, zeros, shape.scheme), tensors["bias"]
+        codes, scales, zeros = (packed.tensor(name) for name in ("codes", "scales", "zeros"))
+        return QuantizedWeight(codes, scales, zeros, shape.scheme), packed.tensors["bias"]
