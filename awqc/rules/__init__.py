@@ -3,7 +3,7 @@
 A rule is a function of :class:`awqc.flow.Op` that returns the abstract value of the node, registered with
 the ops it covers and samples that prove it:
 
-    @rule(aten.relu.default, samples=[Sample(torch.randn(3, 4), scale={0: ids})])
+    @rule(aten.relu.default, samples=[Sample((example(3, 4),), scale={0: ids})])
     def relu(op: Op) -> Value:
         return op.value(op.arg(0))
 
@@ -19,12 +19,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from awqc.flow import Rule
 
 _RULES: dict[Any, Rule] = {}
 _SAMPLES: dict[Any, list[Sample]] = {}
+
+
+#: Samples are drawn apart from the user's random numbers, which importing awqc must not advance.
+_RANDOM = torch.Generator().manual_seed(0)
+
+
+def example(*size: int) -> Tensor:
+    """A normally distributed float64 tensor for samples."""
+    return torch.randn(size, dtype=torch.float64, generator=_RANDOM)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from awqc.flow import Op, Scaled, Value
-from awqc.rules import Sample, rule
+from awqc.rules import Sample, example, rule
 from awqc.rules.elementwise import joins_broadcast
 
 aten = torch.ops.aten
 
-_X = torch.randn(2, 3, 8, dtype=torch.float64)
-_W = torch.randn(6, 8, dtype=torch.float64)
-_B = torch.randn(6, dtype=torch.float64)
+_X = example(2, 3, 8)
+_W = example(6, 8)
+_B = example(6)
 _K = torch.arange(8, dtype=torch.int32)
 _N = torch.arange(6, dtype=torch.int32)
 _MIXED = "the channels that are summed carry different scales"
@@ -83,9 +83,9 @@ def _consume(op: Op, value: Scaled, weight: fx.Node) -> None:
         )
 
 
-_A = torch.randn(2, 3, 4, dtype=torch.float64)
-_C = torch.randn(2, 4, 5, dtype=torch.float64)
-_M = torch.randn(8, 5, dtype=torch.float64)
+_A = example(2, 3, 4)
+_C = example(2, 4, 5)
+_M = example(8, 5)
 
 
 @rule(
@@ -136,8 +136,8 @@ def matmul(op: Op) -> Value:
     return None
 
 
-_Q = torch.randn(1, 4, 3, 8, dtype=torch.float64)
-_KV = torch.randn(1, 2, 3, 8, dtype=torch.float64)
+_Q = example(1, 4, 3, 8)
+_KV = example(1, 2, 3, 8)
 _HEADS = torch.arange(32, dtype=torch.int32).reshape(1, 4, 1, 8)
 _FEW = torch.arange(16, dtype=torch.int32).reshape(1, 2, 1, 8)
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from awqc.flow import Op, Scaled, Value
-from awqc.rules import Sample, rule
+from awqc.rules import Sample, example, rule
 
 aten = torch.ops.aten
 
-_X = torch.randn(2, 3, 8, dtype=torch.float64)
-_Y = torch.randn(2, 3, 8, dtype=torch.float64)
-_V = torch.randn(8, dtype=torch.float64)
+_X = example(2, 3, 8)
+_Y = example(2, 3, 8)
+_V = example(8)
 _IDS = torch.arange(8, dtype=torch.int32)
 _PAIRS = torch.arange(8, dtype=torch.int32) // 2
 
@@ -103,6 +103,8 @@ def power(op: Op) -> Value:
         Sample((_X, _V), scale={1: _IDS}),
         Sample((_X, _Y), scale={0: _IDS, 1: _IDS}),
         Sample((_X, 3.0), scale={0: _IDS}),
+        Sample((_X, _Y), scale={0: _IDS, 1: _IDS + 8}, alive=8),
+        Sample((_X, _Y), scale={0: _IDS, 1: torch.where(_IDS < 4, _IDS, _IDS + 4)}, alive=4),
         Sample((_X, _Y), scale={0: _IDS, 1: _IDS.flip(0)}, alive=0),
     ],
 )
@@ -117,7 +119,10 @@ def power(op: Op) -> Value:
 )
 @rule(aten.div.Scalar, samples=[Sample((_X, 3.0), scale={0: _IDS})])
 def product(op: Op) -> Value:
-    """A product of scaled tensors with equal ids adds their degrees, a quotient subtracts them."""
+    """A product of scaled tensors with equal ids adds their degrees, a quotient subtracts them.
+
+    Where no ids are equal, as in the two halves of a gated unit, one factor alone can carry the scale.
+    """
     left, right = op.value(op.args[0]), op.value(op.args[1])
     sign = -1.0 if op.node.target is aten.div.Tensor else 1.0
     if right is None:
@@ -127,6 +132,9 @@ def product(op: Op) -> Value:
     a, b = left.ids.expand(op.shape), right.ids.expand(op.shape)
     core_a, core_b = torch.broadcast_tensors(Scaled(a).core(), Scaled(b).core())
     unequal = core_a != core_b
+    if bool(unequal.all()):
+        op.poison(right, "another factor is scaled already")
+        return Scaled(a, left.degree)
     if bool(unequal.any()):
         for ids in (core_a, core_b):
             op.poison(Scaled(ids), "channels scaled by different factors are multiplied", unequal)

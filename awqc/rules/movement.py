@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from awqc.flow import Op, Scaled, Value
-from awqc.rules import Sample, rule
+from awqc.rules import Sample, example, rule
 
 aten = torch.ops.aten
 
@@ -75,7 +75,7 @@ def _ids(*size: int) -> Tensor:
     return torch.arange(torch.Size(size).numel(), dtype=torch.int32).reshape(size)
 
 
-_X = torch.randn(2, 3, 8, dtype=torch.float64)
+_X = example(2, 3, 8)
 _LAST = {0: torch.arange(8, dtype=torch.int32)}
 
 _CALLS: dict[Any, tuple[Any, ...]] = {

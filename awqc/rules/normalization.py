@@ -6,14 +6,14 @@ import torch
 from torch import fx
 
 from awqc.flow import Op, Scaled, Value
-from awqc.rules import Sample, rule
+from awqc.rules import Sample, example, rule
 from awqc.rules.elementwise import joins_broadcast
 
 aten = torch.ops.aten
 
-_X = torch.randn(2, 3, 8, dtype=torch.float64)
-_W = torch.randn(8, dtype=torch.float64)
-_B = torch.randn(8, dtype=torch.float64)
+_X = example(2, 3, 8)
+_W = example(8)
+_B = example(8)
 _IDS = torch.arange(8, dtype=torch.int32)
 
 

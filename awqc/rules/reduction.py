@@ -6,11 +6,11 @@ import torch
 from torch import fx
 
 from awqc.flow import Op, Scaled, Value
-from awqc.rules import Sample, rule
+from awqc.rules import Sample, example, rule
 
 aten = torch.ops.aten
 
-_X = torch.randn(2, 3, 8, dtype=torch.float64)
+_X = example(2, 3, 8)
 _IDS = torch.arange(8, dtype=torch.int32)
 
 
@@ -42,12 +42,12 @@ def reduce(op: Op) -> Value:
     aten.embedding.default,
     samples=[
         Sample(
-            (torch.randn(5, 8, dtype=torch.float64), torch.tensor([[0, 3, 3]])),
+            (example(5, 8), torch.tensor([[0, 3, 3]])),
             scale={0: _IDS},
             parameters=(0,),
         ),
         Sample(
-            (torch.randn(5, 8, dtype=torch.float64), torch.tensor([[0, 3, 3]])),
+            (example(5, 8), torch.tensor([[0, 3, 3]])),
             scale={0: torch.arange(5, dtype=torch.int32)[:, None]},
             parameters=(0,),
             alive=0,
@@ -65,7 +65,7 @@ def embedding(op: Op) -> Value:
     return Scaled(table.ids[0].expand(op.shape), table.degree)
 
 
-_GRID = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+_GRID = example(2, 3, 4, 8)
 _ROWS = torch.arange(4, dtype=torch.int32)[:, None]
 
 
