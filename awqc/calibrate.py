@@ -237,10 +237,13 @@ class Activations:
                 x = values[node].reshape(-1, statistics[node].mean_abs.shape[0])
                 for rows, held_out in _split(x, index, len(self.samples)):
                     statistics[node].add(rows, held_out)
-        for node, found in statistics.items():
+        for observer in stage.observers:
+            found = statistics[observer.node]
             found.finish()
-            if not bool(torch.isfinite(found.mean_abs.sum() + found.gram.diagonal().sum())):
-                self._raise_non_finite(node)
+            # A NaN or Inf anywhere makes these sums non-finite.
+            total = found.mean_abs.sum() + found.gram.diagonal().sum() + found.held_out.diagonal().sum()
+            if not bool(torch.isfinite(total)):
+                self._raise_non_finite(observer)
         return statistics
 
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
@@ -312,14 +315,17 @@ class Activations:
             n: v for n, v in self.history.items() if any(self._order[u] >= horizon for u in n.users)
         }
 
-    def _raise_non_finite(self, observed: fx.Node) -> None:
+    def _raise_non_finite(self, observer: Observer) -> None:
+        observed = observer.node
         found: list[fx.Node] = []
 
         def watch(node: fx.Node, value: object) -> None:
             if not found and isinstance(value, Tensor) and value.is_floating_point():
-                # -inf is how masks say "never": only NaN, or Inf in what is observed, is a fault.
-                bad = value.isnan().any() | (value == float("inf")).any()
-                if bool(bad):
+                # -Inf is how masks say "never": a fault only where a linear would read it.
+                bad = value.isnan() | (value == float("inf"))
+                if node is observed:
+                    bad |= value.isinf()
+                if bool(bad.any()):
                     found.append(node)
 
         for index, batch in enumerate(self.context.batches):
@@ -329,11 +335,13 @@ class Activations:
             if found:
                 node = found[0]
                 raise NonFiniteError(
-                    f"calibration sample {index} makes activation {observed.name!r} NaN or Inf; the first op to do "
-                    f"so is {op_name(node)} ({node.name}): check the weights it reads, or compile in a wider dtype"
+                    f"calibration sample {index} makes {observed.name!r}, the input of {observer.name!r}, NaN "
+                    f"or Inf; the first op to do so is {op_name(node)} ({node.name}): check the weights it reads, "
+                    "or leave the sample out"
                 )
         raise NonFiniteError(
-            f"the statistics of activation {observed.name!r} overflow float32: its values are too large to square"
+            f"the values of {observed.name!r}, the input of {observer.name!r}, are too large to square in "
+            "float32: check the weights before it"
         )
 
 
