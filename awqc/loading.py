@@ -14,9 +14,8 @@ from awqc.compiled import Compilation, CompiledModel, assemble
 from awqc.errors import CheckpointError
 from awqc.lowered import LoweredLinears
 from awqc.lowering import lower_linear
-from awqc.report import Report
+from awqc.report import REPORT_FILE, Report
 from awqc.runtime import QuantLinear
-from awqc.saving import REPORT_FILE
 from awqc.source import ModelSource, aliases, match_names, named_tensors, skeleton
 
 #: Tokens in the input that the graph of a loaded model is captured with.

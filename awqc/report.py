@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+#: The report in a checkpoint directory.
+REPORT_FILE = "awqc_report.json"
+
 Decision = Literal["quantized", "kept", "refused"]
 
 
@@ -22,6 +25,8 @@ class LinearRow:
         scheme: bits, group size and symmetry, readable.
         group: the scale group it belongs to, or None.
         no_group: why it has none.
+        energy: ``tr(W H W^T)`` on held-out tokens, what errors are relative to; like them, summed over
+            at most :data:`awqc.loss.GATE_ROWS` evenly spaced output channels.
         nearest_error: relative output error of round-to-nearest on held-out tokens,
             ``tr(E H E^T) / tr(W H W^T)``.
         error: the same of what was stored.
@@ -39,6 +44,7 @@ class LinearRow:
     scheme: str = ""
     group: str | None = None
     no_group: str = ""
+    energy: float | None = None
     nearest_error: float | None = None
     error: float | None = None
     clipped: float | None = None

@@ -15,13 +15,12 @@ from awqc.checkpoints import open_checkpoint, write_checkpoint
 from awqc.errors import CheckpointError
 from awqc.graph import execute
 from awqc.lowering import lower_linear
+from awqc.report import REPORT_FILE
 from awqc.runtime import QuantLinear
 from awqc.source import aliases
 
 if TYPE_CHECKING:
     from awqc.compiled import Compilation, CompiledModel
-
-REPORT_FILE = "awqc_report.json"
 
 
 def save(
