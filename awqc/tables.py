@@ -67,10 +67,8 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
         agreement = f"differs from eager execution by {error:.0e}" if error else "equal to eager execution"
         yield "capture", f"{report.capture['rung']}; {agreement}"
     if report.proof:
-        yield (
-            "scale proof",
-            f"{report.proof['groups']} groups, random scales: outputs move by {report.proof['relative_error']:.0e}",
-        )
+        error = report.proof["relative_error"]
+        yield "scale proof", f"{report.proof['groups']} groups, outputs move by {error:.0e} in float64"
     if report.linears:
         schemes = ", ".join(f"{n} {scheme}" for scheme, n in Counter(row.scheme for row in rows).items())
         others = Counter(row.decision for row in report.linears.values() if row.decision != "quantized")

@@ -29,8 +29,8 @@ def compile(
         str,
         typer.Option(
             metavar="DATA",
-            help="A .txt, .jsonl or .parquet file, a data set (pileval, wikitext, c4, owner/name), or self: the "
-            "model writes its own text.",
+            help="A .txt, .jsonl or .parquet file, a data set (pileval, wikitext, c4, owner/name), or self: "
+            "the model writes its own text.",
             rich_help_panel=_CALIBRATION,
         ),
     ] = "self",
@@ -69,8 +69,8 @@ def compile(
         str,
         typer.Option(
             metavar="MODE",
-            help="What later layers are calibrated on: outputs of the quantized layers before them, or of the "
-            "float ones.",
+            help="Calibrate later layers on the outputs of the quantized layers before them, or of the "
+            "float ones: quantized or float.",
             rich_help_panel=_CALIBRATION,
         ),
     ] = "quantized",
@@ -87,8 +87,8 @@ def compile(
         list[str] | None,
         typer.Option(
             metavar="NAME=PASS",
-            help="Insert a pass before the pass NAME. PASS is file.py:Class, module:Class or the name of a pass, "
-            "with options as in 'file.py:Class(bits=8)'.",
+            help="Insert a pass before the pass NAME. PASS is file.py:Class, module:Class or the name of a "
+            "pass, with options as in 'file.py:Class(bits=8)'.",
             show_default=False,
             rich_help_panel=_PASSES,
         ),

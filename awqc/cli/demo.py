@@ -105,13 +105,14 @@ def _show(found: dict[str, Any], out: Path | None) -> None:
     table.add_row("model on disk", *(size(found["bytes"][when]) for when in pair))
     console = stdout()
     console.print(
-        f"A Llama of 2.9 million parameters, trained on English novels; its {found['linears']} linears compiled "
-        f"with {found['calibration_tokens']:,} tokens of a story in {found['seconds']['compile']:.1f} s.\n"
+        f"A Llama of 2.9 million parameters, trained on English novels; its {found['linears']} linears "
+        f"compiled with {found['calibration_tokens']:,} tokens of a story in "
+        f"{found['seconds']['compile']:.1f} s.\n"
     )
     console.print(table)
     console.print(
-        f"\nOn {found['evaluation_tokens']:,} tokens of another story: KL {found['kl']:.4f} nats, the same most "
-        f"likely token {found['top1_agreement']:.1%} of the time.\n"
+        f"\nOn {found['evaluation_tokens']:,} tokens of another story: KL {found['kl']:.4f} nats, the same "
+        f"most likely token {found['top1_agreement']:.1%} of the time.\n"
     )
     for when in pair:
         text = Text.assemble((f"{when:8}", "bold"), (found["prompt"], "dim"), found["text"][when]["text"])

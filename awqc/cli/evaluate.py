@@ -25,7 +25,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="ORIGINAL",
-            help="The float model to compare with: KL and top-1 agreement.",
+            help="The float model to compare with.",
             show_default=False,
         ),
     ] = None,
@@ -41,7 +41,7 @@ def evaluate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of MODEL, float or quantized, on a text; with --against also its distance to the original."""
+    """Perplexity of MODEL, float or quantized, on a text, and with --against its distance to ORIGINAL."""
     with Bars("reading the model") as bars:
         from awqc.calibration import all_tokens
         from awqc.cli.models import open_model

@@ -91,11 +91,11 @@ def write(
 
     ids = _encode(tokenizer, prompt, chat).to(model.device)
     _check_length(model, ids.shape[1], max_new_tokens)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        if temperature > 0
-        else {"do_sample": False}
-    )
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    if tokenizer.pad_token_id is not None:
+        options["pad_token_id"] = tokenizer.pad_token_id
     torch.manual_seed(seed)
     started = time.perf_counter()
     with torch.no_grad():
@@ -103,11 +103,8 @@ def write(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id
-            if tokenizer.pad_token_id is not None
-            else tokenizer.eos_token_id,
             streamer=streamer,
-            **sampling,
+            **options,
         )
     new = out[0, ids.shape[1] :]
     seconds = time.perf_counter() - started
@@ -119,9 +116,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     import torch
 
     if chat and not tokenizer.chat_template:
-        raise ConfigError(
-            "--chat: the tokenizer has no chat template: leave --chat out to continue plain text"
-        )
+        raise ConfigError("--chat: the tokenizer has no chat template: leave --chat out")
     if chat:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -139,8 +134,8 @@ def _check_length(model: Any, given: int, new: int) -> None:
     limit = sequence_limit(model.config)
     if limit is not None and given + new > limit:
         raise ConfigError(
-            f"a prompt of {given} tokens and --max-new-tokens {new} exceed the model's limit of {limit} tokens: "
-            "shorten one of them"
+            f"a prompt of {given} tokens and --max-new-tokens {new} exceed the model's limit of {limit} "
+            "tokens: shorten one of them"
         )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from awqc.analysis import Analysis
     from awqc.pipeline import Pipeline
 
+_COLOURS = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN}
 #: Length of the input that graphs are captured with.
 _TOKENS = 16
 
@@ -40,31 +41,21 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Look into a model or a checkpoint; the report if there is one, else the scale groups."""
-    from awqc.saving import REPORT_FILE
+    from awqc.report import REPORT_FILE
 
-    if groups + report + graph + (diff is not None) > 1:
+    wanted = {"groups": groups, "report": report, "graph": graph, "diff": diff is not None}
+    chosen = [name for name, given in wanted.items() if given]
+    if len(chosen) > 1:
         raise typer.BadParameter("give one of --groups, --report, --graph and --diff")
-    if report or not (groups or graph or diff is not None or not (model / REPORT_FILE).is_file()):
+    what = chosen[0] if chosen else "report" if (model / REPORT_FILE).is_file() else "groups"
+    if what == "report":
         _show_report(model / REPORT_FILE, full, json)
-        return
-    with Bars("capturing the graph"):
-        from awqc.cli.models import quiet
-
-        quiet()
-        if diff is not None:
-            text = _diff(model, diff)
-        elif graph:
-            text = _graph(model)
-        else:
-            found = _analyze(model)
-    if diff is not None or graph:
-        _show_text(text, "diff" if graph is False else "graph", json)
-    elif json:
-        print_json(_groups_document(found))
+    elif what == "groups":
+        _show_groups(model, full, json)
     else:
-        from awqc import tables
-
-        stdout().print(tables.analysis(found, full))
+        with Bars("capturing the graph"):
+            text = _graph(model) if diff is None else _diff(model, diff)
+        _show_text(text, what, json)
 
 
 def _show_report(file: Path, full: bool, json: bool) -> None:
@@ -73,29 +64,42 @@ def _show_report(file: Path, full: bool, json: bool) -> None:
 
     if not file.is_file():
         raise CheckpointError(
-            f"{file.parent} has no {file.name}: only checkpoints written by awqc have a report"
+            f"{file.parent} has no {file.name}: only checkpoints that awqc has written hold one"
         )
-    report = Report.from_json(file.read_text(encoding="utf-8"))
+    try:
+        report = Report.from_json(file.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged, or of another version of awqc: {error}") from error
     if json:
         print_json(report.as_dict())
     else:
         stdout().print(tables.tables(report, full))
 
 
-def _show_text(text: str, kind: str, json: bool) -> None:
+def _show_groups(model: Path, full: bool, json: bool) -> None:
+    from awqc import tables
+
+    with Bars("capturing the graph"):
+        found = _analyze(model)
     if json:
-        print_json({kind: text})
+        print_json(_groups_document(found))
+    else:
+        stdout().print(tables.analysis(found, full))
+
+
+def _show_text(text: str, what: str, json: bool) -> None:
+    if json:
+        print_json({what: text})
         return
-    colours = (
-        {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN} if kind == "diff" else {}
-    )
     for line in text.splitlines():
-        typer.secho(line, fg=colours.get(line[:1]))
+        typer.secho(line, fg=_COLOURS.get(line[:1]) if what == "diff" else None)
 
 
 def _analyze(model: Path) -> Analysis:
     from awqc.analysis import analyze
+    from awqc.cli.models import quiet
 
+    quiet()
     return analyze(model, _ids())
 
 
@@ -107,17 +111,21 @@ def _ids() -> Any:
 
 def _graph(model: Path) -> str:
     from awqc.checkpoints import open_checkpoint
+    from awqc.cli.models import quiet
     from awqc.loading import load
     from awqc.text import graph_text
 
+    quiet()
     quantized = any(model.glob("*.safetensors")) and open_checkpoint(model).format is not None
     return graph_text(load(model).graph.graph) if quantized else _analyze(model).graph.text()
 
 
 def _diff(model: Path, name: str) -> str:
     """The unified diff of the graph's text that the pass ``name`` makes."""
+    from awqc.cli.models import quiet
     from awqc.pipeline import Pipeline
 
+    quiet()
     pipeline = Pipeline.default()
     there = {current.name: current for current in pipeline}
     if name not in there:

@@ -53,6 +53,7 @@ class Bars:
     """
 
     def __init__(self, what: str) -> None:
+        console = stderr()
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -61,8 +62,9 @@ class Bars:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=stderr(),
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._between = self._progress.add_task(what, total=None)
 

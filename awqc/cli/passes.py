@@ -98,7 +98,8 @@ def _module(where: str, source: str) -> ModuleType:
             return importlib.import_module(source)
         # Not under the file's own name, which may be that of an installed module.
         spec = importlib.util.spec_from_file_location(f"awqc_pass:{source}", source)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         # Dataclasses look their module up while they are made.
         sys.modules[spec.name] = module

@@ -32,9 +32,7 @@ class Storable(Pass):
         schemes = graph.facts[Schemes]
         views = [view for view in linears(graph) if view.parameter in schemes]
         if not views:
-            raise ConfigError(
-                "no linear is left to quantize: all are kept; see 'awqc inspect MODEL --groups'"
-            )
+            raise ConfigError("no linear is left to quantize: all of them are kept")
         shapes = {v.name: (v.out_features, v.in_features, schemes[v.parameter]) for v in views}
         heads = [v.name for v in views if any(user.op == "output" for user in v.node.users)]
         check_format(self.format, shapes, heads[0] if heads else None)
