@@ -335,9 +335,9 @@ class Activations:
             if found:
                 node = found[0]
                 raise NonFiniteError(
-                    f"calibration sample {index} makes {observed.name!r}, the input of {observer.name!r}, NaN "
-                    f"or Inf; the first op to do so is {op_name(node)} ({node.name}): check the weights it reads, "
-                    "or leave the sample out"
+                    f"calibration sample {index} makes {observed.name!r}, the input of {observer.name!r}, "
+                    f"NaN or Inf; the first op to do so is {op_name(node)} ({node.name}): check the weights "
+                    "it reads, or leave the sample out"
                 )
         raise NonFiniteError(
             f"the values of {observed.name!r}, the input of {observer.name!r}, are too large to square in "
