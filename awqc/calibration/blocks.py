@@ -29,8 +29,11 @@ class Blocks:
 def spread_blocks(text: TokenizedText, samples: int, seq_len: int, progress: Progress) -> Blocks:
     """``samples`` blocks of ``seq_len`` ids, evenly spaced over ``text``.
 
-    Evenly spaced, where the field takes the first blocks of a file: the first pages of a file are about
-    one thing, all of it is what the user chose. Deterministic; nothing is drawn at random.
+    The field takes the first blocks of a file, but its first pages are about one thing. Measured on the
+    validation text of WikiText-2 and a 28M llama, 48 x 512 tokens: the Gram matrices of the inputs of the
+    linears are 0.05 to 0.19 (relative Frobenius distance, by kind of linear) from those of the whole text
+    with spaced blocks, 0.11 to 0.29 with the first 48, and 0.07 to 0.17 with the first 128.
+    Deterministic: nothing is drawn at random.
     """
     if text.characters >= _SPARSE * samples * seq_len:
         passages = _passages(text, samples, seq_len, progress)
