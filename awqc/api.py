@@ -23,7 +23,12 @@ from awqc.lowered import LoweredLinears
 from awqc.pipeline import Pipeline
 from awqc.report import Report
 from awqc.source import ModelSource, named_tensors, open_source
+from awqc.verify import Probe
 from awqc.weights import Rounded, Weights
+
+
+#: Tokens in the input on which whole graphs are compared and folds are proven.
+PROBE_TOKENS = 16
 
 
 def compile(
@@ -79,16 +84,31 @@ def compile(
     read = time.perf_counter()
     batches = [{"input_ids": row[None].to(device)} for row in tokens.ids]
     graph = capture(source, batches[0], torch.float32, device)
-    report = _report(config, tokens, source)
-    # A second input that the graph was not traced with: frozen values would show.
-    other = {"input_ids": batches[-1]["input_ids"].flip(-1)}
-    checks = check_against_eager(graph, source.module, {"calibration": batches[0], "reversed": other})
-    report.capture = {**asdict(graph.facts[CaptureReport]), "checks": checks}
-    report.add_seconds("read-calibration", read - started)
-    report.add_seconds("capture", time.perf_counter() - read)
-    context = Context(config, batches, report, progress)
+    context = Context(config, batches, _report(config, tokens, source), progress)
+    _check_capture(source, graph, context)
+    context.report.add_seconds("read-calibration", read - started)
+    context.report.add_seconds("capture", time.perf_counter() - read)
     pipeline.run(graph, context, flags)
     return _finish(source, graph, context, tokens)
+
+
+def _check_capture(source: ModelSource, graph: Graph, context: Context) -> None:
+    """Compare graph and module on two inputs, at a small shape if the graph is the same program there."""
+    batch = context.batches[0]
+    small = {name: value[:, :PROBE_TOKENS] for name, value in batch.items()}
+    checked = graph
+    if batch["input_ids"].shape[1] > 2 * PROBE_TOKENS:
+        probe = Probe(capture(source, small, graph.weights.dtype, graph.weights.device), small)
+        if probe.mirrors(graph):
+            context.probe, checked, batch = probe, probe.graph, small
+        else:
+            context.report.note(
+                "capture", f"traces differently at {PROBE_TOKENS} tokens: checked at full length"
+            )
+    # A second input that the graph was not traced with: frozen values would show.
+    other = {"input_ids": context.batches[-1]["input_ids"].flip(-1)[:, : batch["input_ids"].shape[1]]}
+    checks = check_against_eager(checked, source.module, {"calibration": batch, "reversed": other})
+    context.report.capture = {**asdict(graph.facts[CaptureReport]), "checks": checks}
 
 
 def _calibration(

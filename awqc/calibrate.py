@@ -24,8 +24,8 @@ from awqc.weights import Weights
 
 #: One sample in this many is held out from every search, to judge what the search proposes.
 HELD_OUT_EVERY = 8
-#: From this width on, only the upper block triangle of a Gram matrix is computed.
-_BLOCKED_GRAM = 1024
+#: Width of the column blocks of which only the upper triangle of a Gram matrix is computed.
+_GRAM_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,8 @@ class InputStatistics:
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:
-    width = gram.shape[0]
-    step = -(-width // 4) if width >= _BLOCKED_GRAM else width
-    for i in range(0, width, step):
-        gram[i : i + step, i:].addmm_(x[:, i : i + step].T, x[:, i:])
+    for i in range(0, len(gram), _GRAM_BLOCK):
+        gram[i : i + _GRAM_BLOCK, i:].addmm_(x[:, i : i + _GRAM_BLOCK].T, x[:, i:])
 
 
 class Statistics(dict[fx.Node, InputStatistics]):

@@ -17,7 +17,7 @@ from awqc.loss import group_losses
 from awqc.quantized import Grid, Scheme, grid_from_range, split_groups
 
 #: Shares of the full range that are tried.
-SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
+SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
 
 
 def clipped_grid(

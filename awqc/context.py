@@ -13,6 +13,7 @@ from awqc.report import Report
 
 if TYPE_CHECKING:
     from awqc.calibrate import Stage
+    from awqc.verify import Probe
 
 T = TypeVar("T")
 
@@ -49,6 +50,7 @@ class Context:
         report: where passes record what they did.
         progress: how long loops show themselves.
         stage: the stage being processed by stage passes.
+        probe: the same forward at a small shape, on which passes over the whole graph are checked.
     """
 
     config: QuantConfig
@@ -56,3 +58,4 @@ class Context:
     report: Report = field(default_factory=Report)
     progress: Progress = field(default_factory=Silent)
     stage: Stage | None = None
+    probe: Probe | None = None

@@ -128,17 +128,20 @@ class Graph:
         execute(self.nodes, env, weights or self.weights, keep=wanted)
         return [env[n] for n in wanted]
 
+    def copy(self, dtype: torch.dtype | None = None) -> Graph:
+        """The same nodes on scratch weights (in ``dtype``): changes to either do not reach the other."""
+        nodes = fx.Graph()
+        nodes.output(nodes.graph_copy(self.fx, {}))
+        return Graph(nodes, self.weights.like(dtype or self.weights.dtype), self.outputs)
+
     def retyped(self, dtype: torch.dtype) -> Graph:
         """The same graph with every floating-point dtype argument replaced by ``dtype``, on scratch
         weights: how a float32 graph is checked in float64."""
-        nodes = fx.Graph()
-        value_map: dict[fx.Node, fx.Node] = {}
-        result = nodes.graph_copy(self.fx, value_map)
-        nodes.output(result)
-        for node in nodes.nodes:
+        result = self.copy(dtype)
+        for node in result.fx.nodes:
             node.args = _retype(node.args, dtype)
             node.kwargs = _retype(node.kwargs, dtype)
-        return Graph(nodes, self.weights.like(dtype), self.outputs)
+        return result
 
 
 def execute(

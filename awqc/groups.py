@@ -99,7 +99,7 @@ def find_groups(graph: Graph) -> ScaleGroups:
     views = list(linears(graph))
     by_name = {view.parameter: view for view in views}
     found: list[ScaleGroup] = []
-    refusals = Refusals(views)
+    refusals = Refusals(views, order)
     for node in graph.nodes:
         site = sites.of(node)
         if site is None or not node.meta["val"].is_floating_point():
@@ -112,9 +112,7 @@ def find_groups(graph: Graph) -> ScaleGroups:
             refusals.add(flow)
     chosen = _choose(found, order)
     taken = {name for group in chosen for name in group.linears}
-    return ScaleGroups(
-        chosen, {name: refusals.of(view) for name, view in by_name.items() if name not in taken}
-    )
+    return ScaleGroups(chosen, {name: refusals.of(name) for name in by_name if name not in taken})
 
 
 def _group(flow: Flow, name: str, by_name: Mapping[str, Linear]) -> ScaleGroup | None:

@@ -21,7 +21,7 @@ from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.text import diff_text
-from awqc.verify import GraphCheck, StageCheck
+from awqc.verify import StageCheck, check_equal
 
 
 @dataclass(frozen=True)
@@ -175,23 +175,42 @@ class _Runner:
 
     def __init__(self, graph: Graph, context: Context, flags: Flags) -> None:
         self.graph, self.context, self.flags = graph, context, flags
-        self.graph_check = GraphCheck(graph, context) if flags.check else None
 
     def run_on_graph(self, current: Pass) -> None:
-        before = self.graph.text() if self.flags.wants(current.name) else ""
-        check = self.graph_check if current.output == "equal" else None
-        if check is not None:
-            check.before()
+        equal = current.output == "equal" and self.flags.check
+        text = self.graph.text() if self.flags.wants(current.name) else ""
+        before, state = self.graph.copy() if equal else None, self._state()
         self._timed(current)
         self.graph.verify()
-        if check is not None:
-            check.after(current.name)
-        if before:
-            self.flags.write(current.name, self.graph.text(), diff_text(before, self.graph.text()))
+        if before is not None and self._state() != state:
+            self._check(current, before)
+        elif self._state() != state:
+            self.context.probe = None
+        if text:
+            self.flags.write(current.name, self.graph.text(), diff_text(text, self.graph.text()))
+
+    def _check(self, current: Pass, before: Graph) -> None:
+        """Compare the graph with what it was: on the probe, or itself where the probe cannot follow."""
+        probe = self.context.probe
+        if probe is not None and not current.requires:
+            small = probe.graph.copy()
+            current.run(probe.graph, self.context)
+            if probe.mirrors(self.graph):
+                check_equal(current.name, small, probe.graph, probe.batch)
+                return
+        self.context.probe = None
+        if self.context.batches:
+            check_equal(current.name, before, self.graph, self.context.batches[0])
+
+    def _state(self) -> tuple[int, int]:
+        return self.graph.version, self.graph.weights.version
 
     def run_on_stages(self, passes: list[Pass]) -> None:
+        self.context.probe = None  # from here on weights change, and are checked stage by stage
         stages = self.graph.facts[Stages]
+        start = time.perf_counter()
         activations = Activations(self.graph, stages, self.context)
+        self.context.report.add_seconds("run-tokens", time.perf_counter() - start)
         self.graph.facts[Activations] = activations
         for stage in self.context.progress.track(stages.stages, "calibrating"):
             self._run_on_stage(stage, passes, activations)
@@ -204,7 +223,7 @@ class _Runner:
         propagate_float = self.context.config.propagate == "float"
         for current in passes:
             if current.output == "lossy" and propagate_float:
-                activations.advance(stage)
+                self._advance(activations, stage)
             version = self.graph.version
             if check is not None and current.output == "equal":
                 check.before()
@@ -215,8 +234,13 @@ class _Runner:
                 )
             if check is not None and current.output == "equal":
                 check.after(current.name)
-        activations.advance(stage)
+        self._advance(activations, stage)
         self.graph.weights.release()
+
+    def _advance(self, activations: Activations, stage: Stage) -> None:
+        start = time.perf_counter()
+        activations.advance(stage)
+        self.context.report.add_seconds("run-tokens", time.perf_counter() - start)
 
     def _timed(self, current: Pass) -> None:
         for fact in current.requires:

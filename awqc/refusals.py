@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import fx
 
@@ -11,19 +11,24 @@ from awqc.views import Linear, linear
 
 
 class Refusals:
-    """What the flows of one graph were stopped by, in the order they were run.
+    """What the flows of one graph were stopped by.
 
     Args:
         views: all linears of the graph.
+        order: position of every node.
     """
 
-    def __init__(self, views: Iterable[Linear]) -> None:
-        self._inputs = {view.x for view in views}
+    def __init__(self, views: Iterable[Linear], order: Mapping[fx.Node, int]) -> None:
+        self._order = order
+        self._views: dict[str, list[Linear]] = {}
+        for view in views:
+            self._views.setdefault(view.parameter, []).append(view)
+        self._inputs = {view.x for found in self._views.values() for view in found}
         self._at_input: dict[fx.Node, tuple[Refusal, frozenset[fx.Node]]] = {}
         self._at_op: dict[str, Refusal] = {}
 
     def add(self, flow: Flow) -> None:
-        """Record a flow that has been run."""
+        """Record a flow that has been run; the first one to meet a node speaks for it."""
         for refusal in flow.refusals:
             self._at_op.setdefault(refusal.node, refusal)
         for node in flow.values:
@@ -32,25 +37,27 @@ class Refusals:
                 if refused is not None:
                     self._at_input[node] = refused, frozenset(flow.values)
 
-    def of(self, view: Linear) -> str:
-        """The reason why no scale can be undone by the linear ``view``.
+    def of(self, parameter: str) -> str:
+        """The reason why no scale can be undone in the weight ``parameter``.
 
-        If a flow reached its input, what stopped that flow elsewhere; otherwise the nearest op in front of
-        it that no scale passes.
+        If a flow reached an input of its linear, what stopped that flow elsewhere; otherwise the last op in
+        front of the linear that stopped one.
         """
-        if view.x in self._at_input:
-            refusal, scaled = self._at_input[view.x]
-            other = next((u for u in _readers(view) if u in scaled), None)
-            if other is None:
+        views = self._views[parameter]
+        for view in views:
+            if view.x in self._at_input:
+                refusal, scaled = self._at_input[view.x]
+                for reader in _other_readers(view):
+                    if reader in scaled:
+                        who = f"{op_name(reader)} ({reader.name})"
+                        return f"its weight is also read by {who}, which would change: {refusal}"
                 return str(refusal)
-            reader = f"{op_name(other)} ({other.name})"
-            return f"its weight is also read by {reader}, whose result must not change: {refusal}"
-        return self._in_front(view.x)
+        return self._in_front(views[0].x)
 
     def _in_front(self, x: fx.Node) -> str:
-        behind = list(_between(x))
-        # A linear stops what comes from before it, always; what its own rows met is the better answer.
-        for node in sorted(behind, key=lambda n: linear(n) is not None):
+        # What the rows of the linear in front met is a better answer than what its columns and bias did.
+        nodes = sorted(_between(x), key=lambda n: (linear(n) is not None, -self._order[n]))
+        for node in nodes:
             if node.name in self._at_op:
                 return str(self._at_op[node.name])
         if x.op == "placeholder":
@@ -59,7 +66,7 @@ class Refusals:
 
 
 def _between(x: fx.Node) -> Iterator[fx.Node]:
-    """Ops that ``x`` is computed by, nearest first, as far as the linears in front of it."""
+    """Ops that ``x`` is computed by, as far as the linears in front of it."""
     pending, seen = [x], {x}
     for node in pending:
         yield node
@@ -69,7 +76,7 @@ def _between(x: fx.Node) -> Iterator[fx.Node]:
             seen.update(new)
 
 
-def _readers(view: Linear) -> list[fx.Node]:
+def _other_readers(view: Linear) -> list[fx.Node]:
     """Nodes other than the linear itself that read its weight."""
     weight = view.node.args[1]
     assert isinstance(weight, fx.Node)

@@ -16,7 +16,7 @@ from torch import Tensor
 from awqc.quantized import Grid
 
 #: Columns whose mutual compensation is done one by one before the rest is updated with one product.
-_BLOCK = 128
+_BLOCK = 32
 #: Dampening as a share of the mean diagonal (the paper's 1%).
 DAMPENING = 0.01
 
@@ -32,21 +32,19 @@ def inverse_factor(gram: Tensor, order: Tensor, dampening: float = DAMPENING) ->
     Raises the dampening tenfold until the factorization succeeds, so that few tokens (a rank-deficient
     ``H``) cannot fail.
     """
-    permuted = (
-        gram[order][:, order].double()
-        if gram.device.type == "cpu" and gram.shape[0] <= 512
-        else gram[order][:, order]
-    )
+    permuted = gram[order][:, order]
     mean = permuted.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     while True:
         damped = permuted.clone()
         damped.diagonal().add_(dampening * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        # With rows and columns reversed, H = L L^T becomes H = R R^T for the upper triangular R = flip(L),
+        # so U = R^-1: one factorization and one triangular solve instead of an inverse and two.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0 and bool(torch.isfinite(upper).all()):
-                return upper.float()
+            identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+            if bool(torch.isfinite(upper).all()):
+                return upper
         dampening *= 10
 
 

@@ -96,15 +96,14 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
 
 
 def linears(report: Report, full: bool = False) -> Table | None:
-    """Quantized linears: error of round-to-nearest and of what is stored, and how it was reached."""
+    """Quantized linears: relative output error of what is stored, and how it was reached."""
     rows = list(report.quantized())
     if not rows:
         return None
+    # Where schemes differ theirs is the column to see; 100 columns do not hold both.
     several = len({row.scheme for row in rows}) > 1
-    table = _table("Quantized linears", "linear", *_count(full), ">N x K", *(["scheme"] if several else []))
-    for heading in ("RTN error", "error", "change", "clipped", "GPTQ"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("backend", no_wrap=True)
+    headings = ["linear", *_count(full), ">N x K", ">error", ">vs RTN", "scheme" if several else ">clipped"]
+    table = _table("Quantized linears", *headings, ">GPTQ", "backend")
 
     def kind(row: LinearRow) -> tuple[str, ...]:
         return (row.name if full else _kind(row.name), _shape(row), row.scheme, row.backend)
@@ -116,11 +115,9 @@ def linears(report: Report, full: bool = False) -> Table | None:
             name,
             *([] if full else [str(len(members))]),
             shape,
-            *([scheme] if several else []),
-            _number(nearest),
-            _number(error),
-            f"{error / nearest - 1:+.0%}" if error is not None and nearest else "",
-            _percent(_mean(r.clipped for r in members)),
+            "" if error is None else f"{error:.1e}",
+            "" if error is None or not nearest else f"{error / nearest - 1:+.0%}",
+            scheme if several else _percent(_mean(r.clipped for r in members)),
             f"{compensated}/{len(members)}" if any(r.rounding for r in members) else "",
             backend,
         )
@@ -288,10 +285,6 @@ def _families(rows: list[GroupRow]) -> str:
 def _mean(values: Iterable[float | None]) -> float | None:
     there = [value for value in values if value is not None]
     return mean(there) if there else None
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
 
 
 def _percent(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,49 +10,47 @@ from torch import Tensor, fx
 
 from awqc.calibrate import Activations, Stage, weight_only
 from awqc.capture import relative_error
-from awqc.context import Context
 from awqc.errors import VerifyError
 from awqc.graph import Env, Graph
 
 
-@dataclass
-class GraphCheck:
-    """Compares the outputs of the whole graph on the first calibration batch."""
+@dataclass(frozen=True)
+class Probe:
+    """The model's forward captured at a small shape, with an input: what checks of whole graphs run.
+
+    A graph is a program for one shape. Two captures of one model at different shapes are the same program
+    but for the numbers in it, so what is shown of the small one need not be paid for on the large one.
+    """
 
     graph: Graph
-    context: Context
-    _expected: list[Tensor] | None = None
-    _state: tuple[int, int] = (-1, -1)
+    batch: Mapping[str, Tensor]
 
-    def before(self) -> None:
-        """Run the graph, unless nothing changed since it last ran."""
-        if self._expected is None or self._state != self._now():
-            self._expected, self._state = self._run(), self._now()
+    def mirrors(self, graph: Graph) -> bool:
+        """Whether ``graph`` is this program at another shape: the same ops on the same operands."""
+        mine, others = self.graph.nodes, graph.nodes
+        return len(mine) == len(others) and all(
+            a.op == b.op
+            and a.name == b.name
+            and a.target == b.target
+            and [n.name for n in a.all_input_nodes] == [n.name for n in b.all_input_nodes]
+            for a, b in zip(mine, others, strict=True)
+        )
 
-    def after(self, name: str) -> None:
-        """Run it again and compare.
 
-        Raises:
-            VerifyError: naming the pass, the output and the size of the error.
-        """
-        if self._state == self._now() or self._expected is None:
-            return
-        found = self._run()
-        bound = _bound(self.graph)
-        for i, (a, b) in enumerate(zip(found, self._expected, strict=True)):
-            error = relative_error(a, b)
-            if not error <= bound:
-                raise VerifyError(
-                    f"pass {name!r} promises an equal function but changed output {i} of the graph by "
-                    f"{error:.1e} (relative; rounding explains {bound:.1e})"
-                )
-        self._expected, self._state = found, self._now()
+def check_equal(name: str, before: Graph, after: Graph, batch: Mapping[str, Tensor]) -> None:
+    """Run both graphs on ``batch`` and compare all outputs.
 
-    def _run(self) -> list[Tensor]:
-        return self.graph.run(self.context.batches[0]) if self.context.batches else []
-
-    def _now(self) -> tuple[int, int]:
-        return self.graph.version, self.graph.weights.version
+    Raises:
+        VerifyError: naming the pass ``name``, the output and the size of the error.
+    """
+    bound = _bound(before)
+    for i, (found, expected) in enumerate(zip(after.run(batch), before.run(batch), strict=True)):
+        error = relative_error(found, expected)
+        if not error <= bound:
+            raise VerifyError(
+                f"pass {name!r} promises an equal function but changed output {i} of the graph by "
+                f"{error:.1e} (relative; rounding explains {bound:.1e})"
+            )
 
 
 @dataclass

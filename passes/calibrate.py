@@ -8,7 +8,7 @@ from typing import ClassVar
 from awqc.calibrate import Activations, Observers, Stages, Statistics
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.loss import output_loss
+from awqc.loss import GATE_ROWS, output_loss, sample_rows
 from awqc.pipeline import Pass
 from awqc.quantized import minmax_grid
 from awqc.schemes import Schemes
@@ -35,9 +35,8 @@ class Calibrate(Pass):
                 row.tokens, row.held_out_tokens = found.tokens, found.held_out_tokens
             for view in observer.linears:
                 # The yardstick of everything that follows: round-to-nearest, before anything is changed.
-                weight = view.weight(graph.weights[view.parameter]).float()
+                weight = sample_rows(view.weight(graph.weights[view.parameter]).float(), GATE_ROWS)
                 error = minmax_grid(weight, schemes[view.parameter]).nearest(weight) - weight
-                scale = float(output_loss(weight, found.held_out)) or 1.0
-                context.report.linears[view.parameter].nearest_error = (
-                    float(output_loss(error, found.held_out)) / scale
-                )
+                row = context.report.linears[view.parameter]
+                row.energy = float(output_loss(weight, found.held_out))
+                row.nearest_error = float(output_loss(error, found.held_out)) / (row.energy or 1.0)

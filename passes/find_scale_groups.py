@@ -34,8 +34,11 @@ class FindScaleGroups(Pass):
     def run(self, graph: Graph, context: Context) -> None:
         groups = find_groups(graph)
         graph.facts[ScaleGroups] = groups
-        if self.proof and groups.groups and context.batches:
-            error = prove(graph, groups, context.batches[0], context.config.seed)
-            context.report.proof = {"groups": len(groups.groups), "relative_error": error, "dtype": "float64"}
-        else:
+        batch = context.batches[0] if context.batches else None
+        if not self.proof or batch is None:
             context.report.note("find-scale-groups", "the random-scale proof was not run")
+            return
+        if context.probe is not None:
+            graph, batch = context.probe.graph, context.probe.batch
+        error = prove(graph, groups, batch, context.config.seed)
+        context.report.proof = {"groups": len(groups.groups), "relative_error": error, "dtype": "float64"}

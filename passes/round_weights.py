@@ -10,15 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from awqc.calibrate import Observer, Statistics
+from awqc.calibrate import InputStatistics, Statistics
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
-from awqc.loss import output_loss
+from awqc.loss import GATE_ROWS, output_loss, sample_rows
 from awqc.pipeline import Pass
-from awqc.quantized import Grid, from_codes, minmax_grid
+from awqc.quantized import Grid, Scheme, from_codes, minmax_grid
 from awqc.rounding import ColumnGrid, compensated_codes, descend, in_place, inverse_factor, visiting_order
 from awqc.schemes import Schemes
 from awqc.views import Linear
@@ -45,37 +46,60 @@ class RoundWeights(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None
+        schemes = graph.facts[Schemes]
         for observer in context.stage.observers:
-            views = [v for v in observer.linears if v.parameter in graph.facts[Schemes]]
-            if views:
-                self._round(graph, context, observer, views)
+            by_scheme: dict[Scheme, list[Linear]] = {}
+            for view in observer.linears:
+                if view.parameter in schemes:
+                    by_scheme.setdefault(schemes[view.parameter], []).append(view)
+            # Linears that read the same input are rounded as one: the work of a step is per column.
+            for views in by_scheme.values():
+                self._round(graph, context, graph.facts[Statistics][observer.node], views)
 
-    def _round(self, graph: Graph, context: Context, observer: Observer, views: list[Linear]) -> None:
-        statistics = graph.facts[Statistics][observer.node]
-        schemes, grids = graph.facts[Schemes], graph.facts.get(Grids) or Grids()
-        order = factor = None
-        if self.method == "compensated":
-            order = visiting_order(statistics.gram)
-            factor = inverse_factor(statistics.gram, order)
-        for view in views:
-            weight = view.weight(graph.weights[view.parameter]).float()
-            grid = grids.get(view.parameter) or minmax_grid(weight, schemes[view.parameter])
-            codes, rounding = grid.encode(weight), "nearest"
-            error = _error(grid, codes, weight, statistics.held_out)
-            if factor is not None and order is not None:
-                columns = ColumnGrid.of(grid, order)
-                better = compensated_codes(weight, columns, factor, order)
-                for _ in range(self.sweeps):
-                    better = descend(better, weight, columns, statistics.gram, order)
-                better = in_place(better, order)
-                improved = _error(grid, better, weight, statistics.held_out)
-                if improved < error:
-                    codes, error, rounding = better, improved, "compensated"
+    def _round(
+        self, graph: Graph, context: Context, statistics: InputStatistics, views: list[Linear]
+    ) -> None:
+        schemes, chosen = graph.facts[Schemes], graph.facts.get(Grids) or Grids()
+        weights = [view.weight(graph.weights[view.parameter]).float() for view in views]
+        grids = [
+            chosen.get(view.parameter) or minmax_grid(weight, schemes[view.parameter])
+            for view, weight in zip(views, weights, strict=True)
+        ]
+        nearest = [grid.encode(weight) for grid, weight in zip(grids, weights, strict=True)]
+        compensated = (
+            self._compensated(weights, grids, statistics) if self.method == "compensated" else nearest
+        )
+        held_out = statistics.held_out
+        for view, weight, grid, plain, better in zip(
+            views, weights, grids, nearest, compensated, strict=True
+        ):
+            gate = [
+                output_loss(sample_rows(grid.decode(codes) - weight, GATE_ROWS), held_out)
+                for codes in (plain, better)
+            ]
+            improves = float(gate[1]) < float(gate[0])
+            codes = better if improves else plain
             row = context.report.linears[view.parameter]
-            row.scheme, row.rounding = str(schemes[view.parameter]), rounding
-            row.error = error / (float(output_loss(weight, statistics.held_out)) or 1.0)
+            row.scheme, row.rounding = str(schemes[view.parameter]), "compensated" if improves else "nearest"
+            row.error = min(map(float, gate)) / (row.energy or 1.0)
             graph.weights[view.parameter] = Rounded(from_codes(codes, grid), view.transposed)
 
+    def _compensated(
+        self, weights: list[Tensor], grids: list[Grid], statistics: InputStatistics
+    ) -> list[Tensor]:
+        """Codes ``(N, K)`` of every weight, from one run over the columns of all of them."""
+        order = visiting_order(statistics.gram)
+        factor = inverse_factor(statistics.gram, order)
+        weight = torch.cat(weights)
+        columns = ColumnGrid.of(join(grids), order)
+        codes = compensated_codes(weight, columns, factor, order)
+        for _ in range(self.sweeps):
+            codes = descend(codes, weight, columns, statistics.gram, order)
+        return list(in_place(codes, order).split([len(w) for w in weights]))
 
-def _error(grid: Grid, codes: Tensor, weight: Tensor, gram: Tensor) -> float:
-    return float(output_loss(grid.decode(codes) - weight, gram))
+
+def join(grids: list[Grid]) -> Grid:
+    """One grid for the rows of all ``grids``, which share a scheme and a width."""
+    first = grids[0]
+    scales, zeros = (torch.cat([getattr(grid, part) for grid in grids]) for part in ("scales", "zeros"))
+    return Grid(scales, zeros, first.scheme, first.in_features)

@@ -29,7 +29,7 @@ from awqc.clipping import clipped_grid
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.groups import ScaleGroup
-from awqc.loss import gram_blocks, output_loss
+from awqc.loss import gram_blocks, output_loss, sample_rows
 from awqc.pipeline import Pass
 from awqc.quantized import Scheme
 from awqc.rounding import ColumnGrid, compensated_codes, in_place, inverse_factor, visiting_order
@@ -56,11 +56,6 @@ class _Member:
         padded = torch.cat([scales, scales.new_ones(1)])
         return padded[self.ids] ** self.degree
 
-    def rows(self, most: int) -> Tensor:
-        """At most ``most`` rows of the weight, evenly spaced; all for 0."""
-        step = -(-len(self.weight) // most) if most else 1
-        return self.weight[::step]
-
 
 @dataclass(frozen=True)
 class SearchScales(Pass):
@@ -83,10 +78,10 @@ class SearchScales(Pass):
     requires: ClassVar[tuple[type, ...]] = (Statistics, Schemes)
     provides: ClassVar[tuple[type, ...]] = (Scales,)
 
-    grid: int = 20
+    grid: int = 10
     families: tuple[Literal["activation", "duo"], ...] = ("activation", "duo")
-    sample_rows: int = 64
-    shrinks: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7)
+    sample_rows: int = 32
+    shrinks: tuple[float, ...] = (1.0, 0.84, 0.7)
     rounding: Literal["nearest", "compensated"] = "nearest"
     objective: Literal["linear", "block"] = "linear"
     finalists: int = 8
@@ -101,7 +96,7 @@ class SearchScales(Pass):
                 continue
             row = context.report.groups[group.name]
             candidates = self.candidates(group, members)
-            search, held_out = self._losses(members, candidates)
+            search = self._losses(members, candidates)
             row.curve = [
                 (family, ratio, float(loss / search[0]))
                 for (family, ratio, _), loss in zip(candidates, search, strict=True)
@@ -110,7 +105,8 @@ class SearchScales(Pass):
             if self.objective == "block":
                 best = self._best_by_block(graph, members, candidates, search)
             family, ratio, chosen = candidates[best]
-            row.gain = float(1 - held_out[best] / held_out[0].clamp(min=1e-30))
+            before, after = self._losses(members, [candidates[0], candidates[best]], held_out=True)
+            row.gain = float(1 - after / before.clamp(min=torch.finfo(before.dtype).tiny))
             if best and row.gain > 0:
                 scales[group.name] = chosen
                 row.family, row.ratio, row.applied = family, ratio, True
@@ -130,18 +126,17 @@ class SearchScales(Pass):
                 found.append((family, ratio, _normalised(scales, group.alive.to(scales.device))))
         return found
 
-    def _losses(self, members: list[_Member], candidates: list[Candidate]) -> tuple[Tensor, Tensor]:
-        """Losses of all candidates on search tokens and on held-out tokens: ``(candidates,)`` each."""
-        search = held_out = torch.zeros(len(candidates), device=members[0].weight.device)
+    def _losses(self, members: list[_Member], candidates: list[Candidate], held_out: bool = False) -> Tensor:
+        """Losses of ``candidates``, rounded by the search tokens, on those or on the held-out tokens."""
+        total = torch.zeros(len(candidates), device=members[0].weight.device)
         factors: dict[int, tuple[Tensor, Tensor]] = {}
         for member in members:
-            rows = member.rows(self.sample_rows)
+            rows = sample_rows(member.weight, self.sample_rows)
             columns = torch.stack([member.columns(scales) for _, _, scales in candidates])
-            errors = self._errors(member, rows, columns, factors)
-            share = len(member.weight) / len(rows)
-            search = search + share * output_loss(errors, member.statistics.gram)
-            held_out = held_out + share * output_loss(errors, member.statistics.held_out)
-        return search, held_out
+            gram = member.statistics.held_out if held_out else member.statistics.gram
+            losses = output_loss(self._errors(member, rows, columns, factors), gram)
+            total = total + losses * (len(member.weight) / len(rows))
+        return total
 
     def _errors(
         self, member: _Member, rows: Tensor, columns: Tensor, factors: dict[int, tuple[Tensor, Tensor]]

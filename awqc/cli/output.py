@@ -13,10 +13,13 @@ from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    Task,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -43,6 +46,13 @@ def _console(stream: TextIO) -> Console:
     return Console(file=stream, width=None if stream.isatty() else _WIDTH, highlight=False)
 
 
+class _TimeLeft(TimeRemainingColumn):
+    """Nothing where no end is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else Text.assemble(super().render(task), " left")
+
+
 class Bars:
     """Progress bars with the time left, on stderr while it is a terminal; an :class:`awqc.context.Progress`.
 
@@ -58,10 +68,9 @@ class Bars:
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             console=console,
             transient=True,
             disable=not console.is_terminal,
