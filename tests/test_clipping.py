@@ -57,7 +57,7 @@ def test_tails_are_cut_and_a_flat_weight_is_not() -> None:
     _, gram = problem(128)
     _, share = clipped_grid(weight, Scheme(2, 64), gram_blocks(gram, 64))
     assert (share < 1).float().mean() > 0.5
-    levels = torch.linspace(-1, 1, 4).repeat(2, 32)  # exactly the four values of a 2-bit group
+    levels = torch.tensor([-0.5, 0.0, 0.5, 1.0]).repeat(2, 32)  # exactly the values of a 2-bit group
     _, share = clipped_grid(levels, Scheme(2, 64), gram_blocks(gram, 64))
     assert torch.equal(share, torch.ones(2, 2))
 
