@@ -36,3 +36,4 @@ class FoldScales(Pass):
             group.fold(chosen, graph.weights)
             graph.facts[Activations].fold(group, chosen)
             graph.facts[Statistics].fold(group, chosen)
+            context.report.groups[group.name].applied = True

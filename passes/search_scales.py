@@ -109,7 +109,7 @@ class SearchScales(Pass):
             row.gain = float(1 - after / before.clamp(min=torch.finfo(before.dtype).tiny))
             if best and row.gain > 0:
                 scales[group.name] = chosen
-                row.family, row.ratio, row.applied = family, ratio, True
+                row.family, row.ratio = family, ratio
         graph.facts[Scales] = scales
 
     def candidates(self, group: ScaleGroup, members: list[_Member]) -> list[Candidate]:
