@@ -47,7 +47,7 @@ class Refusals:
         for view in views:
             if view.x in self._at_input:
                 refusal, scaled = self._at_input[view.x]
-                for reader in _other_readers(view):
+                for reader in view.other_readers:
                     if reader in scaled:
                         who = f"{op_name(reader)} ({reader.name})"
                         return f"its weight is also read by {who}, which would change: {refusal}"
@@ -74,12 +74,3 @@ def _between(x: fx.Node) -> Iterator[fx.Node]:
             new = [n for n in node.all_input_nodes if n not in seen and n.op == "call_function"]
             pending += new
             seen.update(new)
-
-
-def _other_readers(view: Linear) -> list[fx.Node]:
-    """Nodes other than the linear itself that read its weight."""
-    weight = view.node.args[1]
-    assert isinstance(weight, fx.Node)
-    nodes = [weight.args[0], weight] if view.transposed else [weight]
-    own = {view.node, weight}
-    return [user for node in nodes if isinstance(node, fx.Node) for user in node.users if user not in own]

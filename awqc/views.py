@@ -133,6 +133,14 @@ class Linear:
             node = source
         return node
 
+    @property
+    def other_readers(self) -> list[fx.Node]:
+        """Nodes besides this linear that read its weight."""
+        weight = self.node.args[1]
+        assert isinstance(weight, fx.Node)
+        nodes = [weight, *weight.all_input_nodes]  # the parameter, or its transpose and the parameter
+        return [user for node in nodes for user in node.users if user not in (self.node, weight)]
+
     def weight(self, stored: Tensor) -> Tensor:
         """The ``(N, K)`` weight for the parameter as it is stored."""
         return stored.t() if self.transposed else stored

@@ -34,6 +34,8 @@ class Calibrate(Pass):
                 row = context.report.groups[observer.group.name]
                 row.tokens, row.held_out_tokens = found.tokens, found.held_out_tokens
             for view in observer.linears:
+                if view.parameter not in schemes:
+                    continue
                 # The yardstick of everything that follows: round-to-nearest, before anything is changed.
                 weight = sample_rows(view.weight(graph.weights[view.parameter]).float(), GATE_ROWS)
                 error = minmax_grid(weight, schemes[view.parameter]).nearest(weight) - weight

@@ -37,7 +37,7 @@ class InsertObservers(Pass):
     def run(self, graph: Graph, context: Context) -> None:
         views = {view.parameter: view for view in linears(graph)}
         groups, config = graph.facts[ScaleGroups], context.config
-        kept = {p: why for p, view in views.items() if (why := _why_kept(graph, view, config)) is not None}
+        kept = {p: why for p, view in views.items() if (why := _why_kept(view, config)) is not None}
         _check_any_left(views, kept)
         _check_group_size([v for p, v in views.items() if p not in kept], config)
         graph.facts[Schemes] = Schemes({p: config.scheme for p in views if p not in kept})
@@ -62,16 +62,16 @@ class InsertObservers(Pass):
             )
 
 
-def _why_kept(graph: Graph, view: Linear, config: QuantConfig) -> str | None:
+def _why_kept(view: Linear, config: QuantConfig) -> str | None:
     pattern = config.keeps(view.name)
     if pattern is not None:
         return f"matches keep pattern {pattern!r}"
     if not config.quantize_head and any(user.op == "output" for user in view.node.users):
         return "computes the model's output (quantize_head=True quantizes it)"
-    attr = graph.parameters()[view.parameter]
-    readers = [user.name for user in attr.users if user not in (view.node, view.node.args[1])]
-    if readers:
-        return f"its weight is also read by {readers[0]}, so it must stay in float"
+    if not view.parameter.endswith(".weight"):
+        return "its weight is a parameter of its own, not that of a module that could be replaced"
+    if view.other_readers:
+        return f"its weight is also read by {view.other_readers[0].name}, so it must stay in float"
     return None
 
 

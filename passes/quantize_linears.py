@@ -16,7 +16,7 @@ from awqc.graph import Graph
 from awqc.kernels import qlinear as _qlinear  # noqa: F401  defines the op
 from awqc.lowered import QuantizedLinears
 from awqc.pipeline import Pass
-from awqc.views import linears
+from awqc.views import Linear, linears
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class QuantizeLinears(Pass):
         for view in list(linears(graph)):
             rounded = graph.weights.rounded(view.parameter)
             if rounded is None:
+                _kept_after_all(context, view)
                 continue
             weight = rounded.weight
             operands = [
@@ -49,6 +50,13 @@ class QuantizeLinears(Pass):
         graph.fx.eliminate_dead_code()
         graph.facts[QuantizedLinears] = found
         graph.changed()
+
+
+def _kept_after_all(context: Context, view: Linear) -> None:
+    """A linear that was to be quantized and that a pass took back, or for which there was none."""
+    row = context.report.linears.get(view.parameter)
+    if row is not None and row.decision == "quantized":
+        row.decision, row.reason, row.scheme = "kept", "no pass rounded its weight", ""
 
 
 def parameter(graph: Graph, name: str, value: Tensor, before: fx.Node) -> fx.Node:
