@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from awqc.calibrate import Observers, Stages
 from awqc.errors import ConfigError
@@ -46,6 +47,40 @@ def test_what_is_kept_and_why() -> None:
         "head": ("kept", "computes the model's output (quantize_head=True quantizes it)"),
         "embed": ("kept", "its weight is also read by mul_1, so it must stay in float"),
     }
+
+
+def test_a_stored_transpose_that_is_read_twice_is_kept() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.other = Conv1D(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shared(torch.tanh(self.shared(x))) + self.other(x)
+
+    _, context = run(Twice(), samples(1), *ANALYSIS)
+    row = context.report.linears["shared.weight"]
+    assert row.decision == "kept"
+    assert row.reason == "its weight is also read by linear_default, so it must stay in float"
+
+
+def test_a_weight_that_belongs_to_no_module_of_its_own_is_kept() -> None:
+    """Nothing could be put in its place."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection, self.other = nn.Parameter(torch.randn(32, 32)), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x @ self.projection + self.other(x)
+
+    _, context = run(Bare(), samples(1), *ANALYSIS)
+    row = context.report.linears["projection"]
+    assert (row.decision, row.reason) == (
+        "kept",
+        "its weight is a parameter of its own, not that of a module that could be replaced",
+    )
 
 
 def test_the_head_is_quantized_when_asked_for() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from awqc.calibrate import Statistics
 from awqc.context import Context
@@ -106,27 +107,16 @@ def test_codes_lie_on_the_grid_that_clipping_chose() -> None:
 
 
 def test_a_weight_that_is_stored_transposed_is_rounded_along_its_inputs() -> None:
-    class Transposed(nn.Module):
-        """The same function as ``Mlp``, its first weight stored ``(K, N)``."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            mlp = Mlp()
-            self.norm, self.down = mlp.norm, mlp.down
-            self.weight = nn.Parameter(mlp.up.weight.detach().T.contiguous())
-            self.bias = mlp.up.bias
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.norm(x)
-            h = torch.addmm(self.bias, h.view(-1, 32), self.weight).view(1, -1, 48)
-            return x + self.down(torch.relu(h))
-
+    """``Conv1D`` holds ``(K, N)``."""
+    module = Mlp()
+    module.up = Conv1D(48, 32)
+    module.up.load_state_dict({"weight": Mlp().up.weight.T, "bias": Mlp().up.bias})
     straight, _ = rounded(RoundWeights(method="nearest"))
-    graph, _ = rounded(RoundWeights(method="nearest"), module=Transposed())
-    found = graph.weights.rounded("weight")
+    graph, _ = rounded(RoundWeights(method="nearest"), module=module)
+    found = graph.weights.rounded("up.weight")
     assert found is not None
     assert found.transposed
-    assert torch.equal(graph.weights["weight"].T, straight.weights["up.weight"])
+    assert torch.equal(graph.weights["up.weight"].T, straight.weights["up.weight"])
 
 
 def test_a_linear_without_a_scheme_stays_in_float() -> None:
