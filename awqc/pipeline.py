@@ -97,7 +97,7 @@ class Pipeline:
         """
         current = self.passes[self._index(name)]
         try:
-            return self.replace(name, replace(current, **options))  # type: ignore[arg-type]
+            return self.replace(name, replace(current, **options))
         except TypeError as error:
             raise PipelineError(f"pass {name!r} has no such option: {error}") from error
 

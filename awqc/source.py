@@ -49,7 +49,8 @@ class ModelSource:
         """The module with its weights, in float32 when they have to be read first."""
         if not any(tensor.is_meta for _, tensor in named_tensors(self.module)):
             return self.module
-        model: nn.Module = type(self.module).from_pretrained(self.path, dtype=torch.float32)
+        cls: Any = type(self.module)
+        model: nn.Module = cls.from_pretrained(self.path, dtype=torch.float32)
         return model.eval()
 
     def tokenizer(self) -> Any:
@@ -253,7 +254,8 @@ def match_names(
 
 def _through_transformers(path: Path, module: nn.Module, missing: list[str]) -> ModelSource:
     """Checkpoints whose stored names transformers converts while loading: read whole, and said so."""
-    model, info = type(module).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    cls: Any = type(module)
+    model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     absent = sorted(set(info["missing_keys"]) - set(aliases(model)))
     if absent:
         raise CheckpointError(
@@ -281,9 +283,9 @@ def swapped_tensors(module: nn.Module, replace: Callable[[Tensor], Tensor]) -> I
                     if id(tensor) not in swapped:
                         swapped[id(tensor)] = replace(tensor)
     try:
-        for store, name, tensor in saved:
-            store[name] = swapped[id(tensor)]
+        for holder, name, tensor in saved:
+            holder[name] = swapped[id(tensor)]
         yield
     finally:
-        for store, name, tensor in saved:
-            store[name] = tensor
+        for holder, name, tensor in saved:
+            holder[name] = tensor

@@ -166,3 +166,30 @@ def linears(graph: Graph) -> Iterator[Linear]:
             view = linear(node)
             if view is not None:
                 yield view
+
+
+@dataclass(frozen=True)
+class QLinear:
+    """``y = awqc.qlinear(x, codes, scales, zeros, b, group_size)``, codes a tensor of the graph.
+
+    Args:
+        node: the call.
+    """
+
+    node: fx.Node
+
+    @property
+    def name(self) -> str:
+        """The module name of the linear."""
+        return str(operand(self.node, 1).target).removesuffix(".codes")
+
+    @property
+    def x(self) -> fx.Node:
+        x = self.node.args[0]
+        assert isinstance(x, fx.Node)
+        return x
+
+    @property
+    def bias(self) -> fx.Node | None:
+        bias = operand(self.node, 4)
+        return bias if isinstance(bias, fx.Node) else None

@@ -93,8 +93,9 @@ class Weights:
         kept = set(keep)
         self._resident = {name: value for name, value in self._resident.items() if name in kept}
 
-    def like(self, dtype: torch.dtype) -> Weights:
-        """A scratch copy of the current values in ``dtype``: changes to it do not reach this one."""
+    def like(self, dtype: torch.dtype | None) -> Weights:
+        """A scratch copy of the current values in ``dtype`` (None keeps each one's own): changes to it do
+        not reach this one."""
         copy = Weights(self.names, self._read, dtype, self.device, self.aliases)
         copy._changed = dict(self._changed)
         return copy

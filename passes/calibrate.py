@@ -31,8 +31,8 @@ class Calibrate(Pass):
         for observer in context.stage.observers:
             found = statistics[observer.node]
             if observer.group is not None:
-                row = context.report.groups[observer.group.name]
-                row.tokens, row.held_out_tokens = found.tokens, found.held_out_tokens
+                group = context.report.groups[observer.group.name]
+                group.tokens, group.held_out_tokens = found.tokens, found.held_out_tokens
             for view in observer.linears:
                 if view.parameter not in schemes:
                     continue

@@ -21,6 +21,7 @@ from awqc.lowering import lower_linear
 from awqc.passes.quantize_linears import parameter
 from awqc.pipeline import Pass
 from awqc.runtime import QuantLinear
+from awqc.views import QLinear
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,12 @@ class Lower(Pass):
         for node in graph.nodes:
             if node.target is not torch.ops.awqc.qlinear.default:
                 continue
-            codes, bias = node.args[1], node.args[4]
-            assert isinstance(codes, fx.Node)
-            name = str(codes.target).removesuffix(".codes")
+            view = QLinear(node)
+            name, bias = view.name, view.bias
             if name not in found:
                 lowered = lower_linear(
                     weights[name],
-                    graph.weights[str(bias.target)] if isinstance(bias, fx.Node) else None,
+                    None if bias is None else graph.weights[str(bias.target)],
                     node.meta["val"].dtype,
                     graph.weights.device,
                     self.backend,
@@ -62,23 +62,23 @@ class Lower(Pass):
                 # With "auto" a refusal is the choice at work; of a backend that was named it is news.
                 if self.backend != "auto":
                     rows[name].notes += [f"{other} refused: {why}" for other, why in lowered.refused.items()]
-            _rewire(graph, node, name, found[name])
+            _rewire(graph, view, found[name])
         graph.fx.eliminate_dead_code()
         graph.facts[LoweredLinears] = found
         graph.changed()
 
 
-def _rewire(graph: Graph, node: fx.Node, name: str, linear: QuantLinear) -> None:
-    there = graph.parameters()
-    operands = []
+def _rewire(graph: Graph, view: QLinear, linear: QuantLinear) -> None:
+    there, node = graph.parameters(), view.node
+    operands: list[fx.Node | None] = []
     for part, tensor in linear.operands().items():
-        full = f"{name}.{part}"
+        full = f"{view.name}.{part}"
         if tensor is None:
             operands.append(None)
         else:
             operands.append(there.get(full) or parameter(graph, full, tensor, before=node))
     with graph.fx.inserting_before(node):
-        new = graph.fx.call_function(linear.op, (node.args[0], *operands, *linear.constants))
+        new = graph.fx.call_function(linear.op, (view.x, *operands, *linear.constants))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.fx.erase_node(node)
