@@ -71,7 +71,8 @@ class Analysis:
                 )
             if tuple(vector.shape) != (by_name[name].channels,):
                 raise ConfigError(
-                    f"scales of group {name!r} have shape {tuple(vector.shape)}: expected ({by_name[name].channels},)"
+                    f"scales of group {name!r} have shape {tuple(vector.shape)}: "
+                    f"expected ({by_name[name].channels},)"
                 )
             by_name[name].fold(vector, weights)
         for name, value in weights.changed().items():

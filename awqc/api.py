@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from awqc.backend import Backend, get_backend
 from awqc.calibration import CalibrationTokens, load_tokens, sequence_limit, vocabulary_size
 from awqc.capture import CaptureReport, capture, check_against_eager
-from awqc.checkpoints import SearchRecord, fingerprint
+from awqc.checkpoints import SearchRecord, fingerprint, hash_tensor
 from awqc.compiled import Compilation, CompiledModel, assemble, structural_copy
 from awqc.config import QuantConfig
 from awqc.context import Context, Progress, Silent
@@ -21,11 +21,12 @@ from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.lowered import LoweredLinears
 from awqc.pipeline import Pipeline
+from awqc.quantized import packed_bytes
 from awqc.report import Report
+from awqc.scales import FoldedScales
 from awqc.source import ModelSource, named_tensors, open_source
 from awqc.verify import Probe
 from awqc.weights import Rounded, Weights
-
 
 #: Tokens in the input on which whole graphs are compared and folds are proven.
 PROBE_TOKENS = 16
@@ -170,19 +171,17 @@ def _finish(source: ModelSource, graph: Graph, context: Context, tokens: Calibra
     """Put what the passes left in the graph into the model's modules."""
     lowered = graph.facts[LoweredLinears]
     weights, report = graph.weights, context.report
-    on_meta = {name for name, tensor in named_tensors(source.module) if tensor.is_meta}
-    gone = {f"{name}.weight" for name in lowered} | {f"{name}.bias" for name in lowered}
-    tensors = {
-        name: weights[name]
-        for name in source.names()
-        if name not in gone and (name in on_meta or _is_new(weights, name))
-    }
     _account(report, source, lowered)
-    record = SearchRecord(
-        config=report.config,
-        fingerprint=fingerprint(report.config, tokens.sha256, {}),
-        ratios={name: row.ratio if row.applied else None for name, row in report.groups.items()},
-    )
+
+    def record() -> SearchRecord:
+        hashes = {name: hash_tensor(source.read(name)) for name in source.names()}
+        return SearchRecord(
+            config=report.config,
+            fingerprint=fingerprint(report.config, tokens.sha256, hashes),
+            ratios={name: row.ratio if row.applied else None for name, row in report.groups.items()},
+            scales=graph.facts.get(FoldedScales) or {},
+        )
+
     module = structural_copy(source.module)
 
     def lowered_graph() -> fx.GraphModule:
@@ -193,22 +192,37 @@ def _finish(source: ModelSource, graph: Graph, context: Context, tokens: Calibra
         return fx.GraphModule({n: shared[n] if n in shared else weights[n] for n in names}, graph.fx)
 
     compilation = Compilation(source, report, record, lowered_graph, context.batches[0])
-    compiled = assemble(module, tensors, lowered, compilation)
+    compiled = assemble(module, _dense_tensors(source, weights, lowered), lowered, compilation)
     return compiled
 
 
-def _is_new(weights: Weights, name: str) -> bool:
-    return name in weights.changed() and not isinstance(weights.changed()[name], Rounded)
+def _dense_tensors(source: ModelSource, weights: Weights, lowered: LoweredLinears) -> dict[str, Tensor]:
+    """Tensors of the result that the source's module does not hold as they are."""
+    module = dict(named_tensors(source.module))
+    unread = any(tensor.is_meta for tensor in module.values())
+    on_cpu = weights.device.type == "cpu"
+    # A model in memory keeps its dtype; one from disk gets the dtype its device computes fast in.
+    dtype = (torch.float32 if on_cpu else source.half) if unread else source.dtype
+    changed = weights.changed()
+    gone = {f"{name}.{part}" for name in lowered for part in ("weight", "bias")}
+    tensors = {}
+    for name, tensor in module.items():
+        new = name in changed and not isinstance(changed[name], Rounded)
+        if name not in gone and (new or tensor.is_meta or tensor.device.type != weights.device.type):
+            value = weights[name]
+            tensors[name] = value.to(dtype) if isinstance(tensor, nn.Parameter) else value.to(tensor.dtype)
+    return tensors
 
 
 def _account(report: Report, source: ModelSource, lowered: LoweredLinears) -> None:
-    dense = {name: t.numel() for name, t in named_tensors(source.module) if t.is_floating_point()}
+    """Sizes: as stored before (16 bits) and after, and what the packed linears hold in memory."""
+    dense = sum(t.numel() for _, t in named_tensors(source.module) if t.is_floating_point())
     linears = sum(linear.in_features * linear.out_features for linear in lowered.values())
-    packed = sum(linear.unpack()[0].nbytes() for linear in lowered.values())
-    total = 2 * sum(dense.values())
+    packed = sum(packed_bytes(m.out_features, m.in_features, m.scheme) for m in lowered.values())
     report.sizes = {
         "linears_before": 2 * linears,
         "linears_after": packed,
-        "model_before": total,
-        "model_after": total - 2 * linears + packed,
+        "model_before": 2 * dense,
+        "model_after": 2 * (dense - linears) + packed,
+        "linears_resident": sum(t.nbytes for linear in lowered.values() for t in linear.buffers()),
     }

@@ -25,14 +25,14 @@ class Compilation:
     Args:
         source: where the model came from; names on disk, tokenizer files, config.
         report: what was decided and why.
-        record: fingerprint and scales of the search, for the artifact.
+        record: gives fingerprint and scales of the search, for the artifact; reads all source weights.
         lowered: gives the lowered graph; called once, when first asked for.
         sample: an input of the captured shape, for the check after saving.
     """
 
     source: ModelSource
     report: Report
-    record: SearchRecord | None
+    record: Callable[[], SearchRecord] | None
     lowered: Callable[[], fx.GraphModule]
     sample: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -45,7 +45,8 @@ def load(
     checkpoint = open_checkpoint(path)
     if not checkpoint.quantized_names():
         raise CheckpointError(
-            f"{path} holds no quantized linear: quantize it with awqc.compile, or load it with from_pretrained"
+            f"{path} holds no quantized linear: quantize it with awqc.compile, "
+            "or load it with from_pretrained"
         )
     module = skeleton(path)
     dense = _match_dense(module, checkpoint)
@@ -96,16 +97,16 @@ def _match_linears(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     unknown = set(checkpoint.quantized_names()) - set(found.values())
     if unknown:
         raise CheckpointError(
-            f"{checkpoint.path} stores {len(unknown)} quantized linear(s), such as {min(unknown)!r}, that the "
-            "model of its config.json does not have: config and weights belong to different models"
+            f"{checkpoint.path} stores {len(unknown)} quantized linear(s), such as {min(unknown)!r}, that "
+            "the model of its config.json does not have: config and weights belong to different models"
         )
     for name, disk in found.items():
         weight = getattr(modules[name], "weight", None)
         shape, expected = checkpoint.shape(disk), tuple(weight.shape) if isinstance(weight, Tensor) else ()
         if shape != expected and shape != expected[::-1]:
             raise CheckpointError(
-                f"{checkpoint.path}: quantized linear {disk!r} is {shape}, but config.json describes {expected}: "
-                "config and weights belong to different models"
+                f"{checkpoint.path}: quantized linear {disk!r} is {shape}, but config.json describes "
+                f"{expected}: config and weights belong to different models"
             )
     return found
 

@@ -45,7 +45,8 @@ class Scheme:
             raise ConfigError(f"bits={self.bits}: awqc quantizes to 2, 3, 4, 5, 6, 7 or 8 bits")
         if self.group_size != -1 and self.group_size < 1:
             raise ConfigError(
-                f"group_size={self.group_size}: give a positive number of input channels, or -1 for whole rows"
+                f"group_size={self.group_size}: give a positive number of input channels, "
+                "or -1 for whole rows"
             )
 
     @property
@@ -146,10 +147,11 @@ class QuantizedWeight:
             self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=self.zeros.to(device)
         )
 
-    def nbytes(self) -> int:
-        """Bytes this weight takes when packed: codes at ``bits`` each, zeros likewise, scales as stored."""
-        code_bits = self.codes.numel() * self.scheme.bits + self.zeros.numel() * self.scheme.bits
-        return (code_bits + 7) // 8 + self.scales.numel() * self.scales.element_size()
+
+def packed_bytes(out_features: int, in_features: int, scheme: Scheme) -> int:
+    """Bytes of a packed weight ``(N, K)``: codes and zero points at ``bits`` each, scales at 16 bits."""
+    groups = out_features * scheme.groups(in_features)
+    return ((out_features * in_features + groups) * scheme.bits + 7) // 8 + 2 * groups
 
 
 def expand_groups(per_group: Tensor, group: int, in_features: int) -> Tensor:

@@ -98,7 +98,8 @@ class Report:
         proof: largest relative error of the random-scale proof in float64, and the groups it covered.
         seconds: wall time by pass, in the order they ran.
         notes: (where, what) of everything that was skipped, refused or approximated.
-        sizes: bytes of the linears' weights before and after, and of the whole model.
+        sizes: bytes of the linears' weights before (at 16 bits) and after, the same of the whole model, and
+            what the packed linears occupy in memory on their backends.
     """
 
     capture: dict[str, Any] = field(default_factory=dict)

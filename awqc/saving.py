@@ -46,7 +46,7 @@ def save(
         head=_head(model),
         dtype=compilation.source.half,
         files_from=source.path,
-        record=compilation.record if format == "awqc" else None,
+        record=compilation.record() if format == "awqc" and compilation.record else None,
         documents={REPORT_FILE: compilation.report.to_json()},
         overwrite=overwrite,
     )
@@ -136,8 +136,10 @@ def _first_stage(graph: fx.Graph, ops: set[Any]) -> tuple[list[fx.Node], fx.Node
             first = x
         nodes.append(node)
     output = nodes.pop().args[0]
-    assert isinstance(output, tuple) and isinstance(output[0], fx.Node)
-    return nodes, output[0]
+    assert isinstance(output, tuple)
+    result = output[0]
+    assert isinstance(result, fx.Node)
+    return nodes, result
 
 
 def _attribute(graph: nn.Module, name: str) -> Tensor:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from awqc.groups import ScaleGroup
 
 T = TypeVar("T")
+_NO_NUMBERS = str.maketrans("", "", "_0123456789")
 
 
 def tables(report: Report, full: bool = False) -> RenderableType:
@@ -241,7 +242,7 @@ def _reasons(title: str, rows: list[tuple[str, str, str]], full: bool) -> Table 
 
     def kind(row: tuple[str, str, str]) -> tuple[str, ...]:
         name, shape, why = row
-        return (name,) if full else (_kind(name), shape, "".join(c for c in why if not c.isdigit()))
+        return (name,) if full else (_kind(name), shape, why.translate(_NO_NUMBERS))
 
     for (name, *_), members in _by(rows, kind):
         _, shape, why = members[0]

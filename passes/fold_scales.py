@@ -14,7 +14,7 @@ from awqc.calibrate import Activations, Statistics
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.pipeline import Pass
-from awqc.scales import Scales
+from awqc.scales import FoldedScales, Scales
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class FoldScales(Pass):
     name: ClassVar[str] = "fold-scales"
     scope: ClassVar = "stage"
     requires: ClassVar[tuple[type, ...]] = (Scales, Statistics)
+    provides: ClassVar[tuple[type, ...]] = (FoldedScales,)
     consumes: ClassVar[tuple[type, ...]] = (Scales,)
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None
-        scales = graph.facts[Scales]
+        scales, folded = graph.facts[Scales], graph.facts.get(FoldedScales) or FoldedScales()
+        graph.facts[FoldedScales] = folded
         for group in context.stage.groups:
             chosen = scales.get(group.name)
             if chosen is None:
@@ -36,4 +38,5 @@ class FoldScales(Pass):
             group.fold(chosen, graph.weights)
             graph.facts[Activations].fold(group, chosen)
             graph.facts[Statistics].fold(group, chosen)
+            folded[group.name] = chosen
             context.report.groups[group.name].applied = True

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from awqc.checkpoints import check_format
 from awqc.context import Context
-from awqc.errors import ConfigError
 from awqc.graph import Graph
 from awqc.pipeline import Pass
 from awqc.quantized import Scheme
@@ -31,8 +30,6 @@ class Storable(Pass):
     def run(self, graph: Graph, context: Context) -> None:
         schemes = graph.facts[Schemes]
         views = [view for view in linears(graph) if view.parameter in schemes]
-        if not views:
-            raise ConfigError("no linear is left to quantize: all of them are kept")
         shapes = {v.name: (v.out_features, v.in_features, schemes[v.parameter]) for v in views}
         heads = [v.name for v in views if any(user.op == "output" for user in v.node.users)]
         check_format(self.format, shapes, heads[0] if heads else None)
