@@ -107,13 +107,25 @@ class Pipeline:
         Raises:
             PipelineError: naming the pass, the fact, and the pass that provides it too late or not at all.
         """
-        there = set(given)
+        there, of_stage, interrupted = set(given), set[type](), dict[type, str]()
         for i, current in enumerate(self.passes):
-            for fact in current.requires:
+            if current.scope == "graph":
+                interrupted |= dict.fromkeys(of_stage, current.name)
+                of_stage.clear()
+            for fact in _required(current):
                 if fact not in there:
                     raise PipelineError(self._missing(i, fact))
+                if current.scope == "stage" and fact in interrupted:
+                    raise PipelineError(
+                        f"{current.name!r} requires {fact.__name__} of the stage it runs on, but "
+                        f"{interrupted[fact]!r} runs over the whole graph in between: move "
+                        f"{interrupted[fact]!r} before or after all passes that run by stage"
+                    )
             there -= set(current.consumes)
             there |= set(current.provides)
+            if current.scope == "stage":
+                of_stage |= set(current.provides)
+                interrupted = {fact: name for fact, name in interrupted.items() if fact not in of_stage}
 
     def run(self, graph: Graph, context: Context, flags: Flags | None = None) -> None:
         """Run all passes on ``graph``.
@@ -150,6 +162,19 @@ class Pipeline:
         if later:
             return f"{name!r} requires {wanted}, provided by {later[0]!r}: move it earlier"
         return f"{name!r} requires {wanted}, which no pass of this pipeline provides"
+
+
+def _required(current: Pass) -> tuple[type, ...]:
+    """What ``current`` finds when it runs; a pass that runs by stage needs stages."""
+    return current.requires if current.scope == "graph" else (Stages, *current.requires)
+
+
+def _check_there(graph: Graph, current: Pass) -> None:
+    for fact in _required(current):
+        if fact not in graph.facts:
+            raise PipelineError(
+                f"{current.name!r} requires {fact.__name__}, which the pass before it did not leave"
+            )
 
 
 def third_party_passes() -> dict[str, type[Pass]]:
@@ -207,6 +232,7 @@ class _Runner:
 
     def run_on_stages(self, passes: list[Pass]) -> None:
         self.context.probe = None  # from here on weights change, and are checked stage by stage
+        _check_there(self.graph, passes[0])
         stages = self.graph.facts[Stages]
         start = time.perf_counter()
         activations = Activations(self.graph, stages, self.context)
@@ -216,6 +242,9 @@ class _Runner:
             self._run_on_stage(stage, passes, activations)
         self.context.stage = None
         self.graph.facts.drop(Activations)
+        for current in passes:
+            if self.flags.wants(current.name):
+                self.flags.write(current.name, self.graph.text(), "")  # no nodes have changed
 
     def _run_on_stage(self, stage: Stage, passes: list[Pass], activations: Activations) -> None:
         self.context.stage = stage
@@ -243,11 +272,7 @@ class _Runner:
         self.context.report.add_seconds("run-tokens", time.perf_counter() - start)
 
     def _timed(self, current: Pass) -> None:
-        for fact in current.requires:
-            if fact not in self.graph.facts:
-                raise PipelineError(
-                    f"{current.name!r} requires {fact.__name__}, which the pass before it did not leave"
-                )
+        _check_there(self.graph, current)
         start = time.perf_counter()
         current.run(self.graph, self.context)
         for fact in current.consumes:
