@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten
 
 from awqc.errors import CaptureError
+from awqc.functional import functionalize
 from awqc.graph import Graph
 from awqc.source import ModelSource, aliases, named_tensors, swapped_tensors
 from awqc.views import BUFFER, CONSTANT, PARAMETER
@@ -95,21 +96,14 @@ def capture(
                 f"{type(module).__name__} could not be traced by torch.export: "
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             ) from error
-    weights = _weights(source, dtype, device, tied)
-    graph = _named_graph(program, weights, set(inputs), tied)
+    weights = Weights(source.names(), source.read, dtype, device, tied)
+    graph = _named_graph(program, weights, tied)
+    functionalize(graph)
     graph.facts[CaptureReport] = CaptureReport("torch.export")
     return graph
 
 
-def _weights(
-    source: ModelSource, dtype: torch.dtype | None, device: torch.device | str, tied: dict[str, str]
-) -> Weights:
-    return Weights(source.names(), source.read, dtype, device, tied)
-
-
-def _named_graph(
-    program: torch.export.ExportedProgram, weights: Weights, inputs: set[str], tied: dict[str, str]
-) -> Graph:
+def _named_graph(program: torch.export.ExportedProgram, weights: Weights, tied: dict[str, str]) -> Graph:
     """The exported graph with parameters as ``get_attr`` nodes under their names in the model."""
     signature = program.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -140,6 +134,12 @@ def _named_graph(
         elif node.op == "output":
             outputs = [n for n in tree_flatten(node.args)[0] if isinstance(n, fx.Node)]
             nodes.output(tuple(env[n] for n in outputs))
+        elif node.op == "get_attr":
+            region = next(iter(node.users))
+            raise CaptureError(
+                f"the forward holds a region that awqc does not look into: {region.target} ({region.name}); "
+                "remove torch.autocast and the like from the forward"
+            )
         else:
             env[node] = nodes.node_copy(node, lambda n: env[n])
             env[node].meta = {"val": node.meta.get("val")}
@@ -164,14 +164,21 @@ def _accepted_settings(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout and the like off within the block; every submodule's mode is restored after."""
-    modes = {child: child.training for child in module.modules()}
+    """Dropout and the like off within the block; after it, every submodule is as it was: its mode, and what
+    a forward has assigned to it or registered on it."""
+    stores = ("_parameters", "_buffers", "_modules")
+    before = {child: dict(child.__dict__) for child in module.modules()}
+    entries = {child: {name: dict(child.__dict__[name]) for name in stores} for child in before}
     module.eval()
     try:
         yield
     finally:
-        for child, training in modes.items():
-            child.training = training
+        for child, attributes in before.items():
+            child.__dict__.clear()
+            child.__dict__.update(attributes)
+            for name, items in entries[child].items():
+                child.__dict__[name].clear()
+                child.__dict__[name].update(items)
 
 
 def relative_error(found: Any, expected: Any) -> float:
@@ -191,10 +198,10 @@ def eager_outputs(module: nn.Module, inputs: Mapping[str, Tensor], weights: Weig
 
     def real(tensor: Tensor) -> Tensor:
         value = weights[names[id(tensor)]]
-        return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+        return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value.clone()
 
     with evaluation_mode(module), swapped_tensors(module, real), torch.no_grad():
-        result = module(**_accepted_settings(module), **inputs)
+        result = module(**_accepted_settings(module), **{name: x.clone() for name, x in inputs.items()})
     return [item for item in tree_flatten(result)[0] if isinstance(item, Tensor)]
 
 

@@ -5,11 +5,8 @@
     matmul(x, permute(W))           ->  linear(x, W)
     to(x, dtype of x), alias, detach ->  x
     _assert_tensor_metadata(...)    ->  (gone)
-    relu_(x), add_(x, y), ...       ->  relu(x), add(x, y), ...
 
-``W`` must be a parameter (or its transpose) and two-dimensional: then ``x @ W`` is the linear it says. An
-in-place op is replaced if no other view of what it writes is read afterwards; one that stays has no scale
-rule, so no scale passes it.
+``W`` must be a parameter (or its transpose) and two-dimensional: then ``x @ W`` is the linear it says.
 """
 
 from __future__ import annotations
@@ -19,9 +16,9 @@ from typing import ClassVar
 
 import torch
 from torch import fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from awqc.context import Context
+from awqc.functional import bases, written
 from awqc.graph import Graph
 from awqc.pipeline import Pass
 from awqc.views import dtype, shape, weight_behind
@@ -44,13 +41,14 @@ class Canonicalize(Pass):
     name: ClassVar[str] = "canonicalize"
 
     def run(self, graph: Graph, context: Context) -> None:
-        _remove_mutation(graph)
+        base = bases(graph)
+        overwritten = {base[tensor] for node in base for tensor in written(node)}
         for node in graph.nodes:
             if node.op != "call_function":
                 continue
             if node.target in _NO_EFFECT:
                 graph.fx.erase_node(node)
-            elif _is_identity(node):
+            elif _is_identity(node) and not _is_needed_copy(node, base, overwritten):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
                 graph.fx.erase_node(node)
             elif node.target in (aten.addmm.default, aten.mm.default, aten.matmul.default):
@@ -58,48 +56,6 @@ class Canonicalize(Pass):
         _merge_weight_expressions(graph)
         graph.fx.eliminate_dead_code()
         graph.changed()
-
-
-def _remove_mutation(graph: Graph) -> None:
-    order = graph.order()
-    storages: dict[StorageWeakRef, list[fx.Node]] = {}
-    for node in order:
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            storages.setdefault(_storage(node), []).append(node)
-    for node in order:
-        functional = _functional(node)
-        if functional is None:
-            continue
-        written = node.args[0]
-        assert isinstance(written, fx.Node)
-        views = [n for n in storages[_storage(written)] if order[n] < order[node]]
-        if any(n.op != "call_function" for n in views):
-            continue  # a parameter or an input changes
-        if any(order[u] > order[node] for n in views if n is not written for u in n.users):
-            continue
-        for user in list(written.users):
-            if order[user] > order[node]:
-                user.replace_input_with(written, node)
-        node.target = functional
-
-
-def _storage(node: fx.Node) -> StorageWeakRef:
-    return StorageWeakRef(node.meta["val"].untyped_storage())
-
-
-def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and bool(node.target._schema.is_mutable)
-
-
-def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
-    """The op that computes what the in-place ``node`` writes, if there is one of the same dtype."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not _mutates(node):
-        return None
-    name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
-    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    alike = all(dtype(n) == dtype(node) for n in node.all_input_nodes if dtype(n).is_floating_point)
-    return getattr(packet, overload, None) if alike else None
 
 
 def _is_identity(node: fx.Node) -> bool:
@@ -110,6 +66,12 @@ def _is_identity(node: fx.Node) -> bool:
         return False
     before, after = source.meta["val"], node.meta["val"]
     return bool(before.dtype == after.dtype and before.device == after.device)
+
+
+def _is_needed_copy(node: fx.Node, base: dict[fx.Node, fx.Node], overwritten: set[fx.Node]) -> bool:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return base[node] is node and not overwritten.isdisjoint((node, base[source]))
 
 
 def _to_linear(nodes: fx.Graph, node: fx.Node) -> None:
@@ -151,7 +113,7 @@ def _merge_weight_expressions(graph: Graph) -> None:
         operands = node.all_input_nodes
         if node.op != "call_function" or not operands or not all(n in weight_only for n in operands):
             continue
-        if not isinstance(node.meta["val"], torch.Tensor) or any(map(_mutates, (node, *node.users))):
+        if not isinstance(node.meta["val"], torch.Tensor) or any(map(written, (node, *node.users))):
             continue
         weight_only.add(node)
         key = (node.target, str(node.args), str(node.kwargs), dtype(node))
