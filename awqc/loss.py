@@ -9,18 +9,12 @@ from __future__ import annotations
 from torch import Tensor
 
 #: Output channels on which two ways to quantize one linear are compared, and errors reported.
-GATE_ROWS = 128
+GATE_ROWS = 64
 
 
 def output_loss(error: Tensor, gram: Tensor) -> Tensor:
     """``tr(E H E^T)`` for ``E`` ``(..., N, K)`` and ``H`` ``(K, K)``; shape ``(...)``."""
     return ((error @ gram) * error).sum((-2, -1))
-
-
-def sample_rows(weight: Tensor, most: int) -> Tensor:
-    """At most ``most`` rows of ``weight`` ``(N, K)``, evenly spaced; all of them for 0. The loss is a sum
-    over rows, so two candidates can be compared on some of them."""
-    return weight[:: -(-len(weight) // most)] if most else weight
 
 
 def group_losses(error: Tensor, gram_blocks: Tensor) -> Tensor:

@@ -96,6 +96,11 @@ class Grid:
         """The weight ``(N, K)`` that ``codes`` stand for."""
         return (codes - self.expand(self.zeros)) * self.expand(self.scales)
 
+    def sample(self, most: int) -> Grid:
+        """The grid of the rows that :func:`sample_rows` takes of a weight."""
+        scales, zeros = sample_rows(self.scales, most), sample_rows(self.zeros, most)
+        return Grid(scales, zeros, self.scheme, self.in_features)
+
     def nearest(self, weight: Tensor) -> Tensor:
         """``weight`` rounded to this grid."""
         return self.decode(self.encode(weight))
@@ -154,11 +159,18 @@ def packed_bytes(out_features: int, in_features: int, scheme: Scheme) -> int:
     return ((out_features * in_features + groups) * scheme.bits + 7) // 8 + 2 * groups
 
 
+def sample_rows(weight: Tensor, most: int) -> Tensor:
+    """At most ``most`` rows of ``weight`` ``(N, ...)``, evenly spaced; all of them for 0. Output losses are
+    sums over rows, so two candidates can be compared on some of them."""
+    return weight[:: -(-len(weight) // most)] if most else weight
+
+
 def expand_groups(per_group: Tensor, group: int, in_features: int) -> Tensor:
     """Spread ``(..., G)`` over columns: element ``k`` is that of group ``k // group``; ``(..., K)``."""
     if per_group.shape[-1] == 1:
         return per_group.expand(*per_group.shape[:-1], in_features)
-    return per_group.repeat_interleave(group, dim=-1)[..., :in_features]
+    spread = per_group.unsqueeze(-1).expand(*per_group.shape, group)
+    return spread.flatten(-2)[..., :in_features]
 
 
 def split_groups(weight: Tensor, group: int) -> Tensor:

@@ -1,9 +1,10 @@
 """Rounding that makes later columns pay for the error of earlier ones (GPTQ, Frantar et al. 2022).
 
-``H`` is the Gram matrix of the inputs. With ``H^-1 = U^T U`` (``U`` upper triangular), rounding column
-``i`` to ``q`` and subtracting ``(w_i - q) / U_ii * U_i,j`` from every later column ``j`` is the optimal
-compensation. The grid is fixed before (scales and zero points come from clipping), so columns can be
-visited in any order without an index: most active first.
+``H`` is the Gram matrix of the inputs. With ``H = (F + I) D (F + I)^T``, ``F`` strictly upper triangular and
+``D`` diagonal, the optimal feedback is to add ``(w_i - q_i) F_ij`` to every later column ``j`` once column
+``i`` has been rounded to ``q_i``. This is GPTQ without its matrix inverse (LDLQ, Chee et al. 2023, theorem 1).
+The grid is fixed before (scales and zero points come from clipping), so columns can be visited in any order
+without an index: most active first.
 """
 
 from __future__ import annotations
@@ -26,26 +27,25 @@ def visiting_order(gram: Tensor) -> Tensor:
     return torch.argsort(gram.diagonal(), descending=True, stable=True)
 
 
-def inverse_factor(gram: Tensor, order: Tensor, dampening: float = DAMPENING) -> Tensor:
-    """``U`` with ``(P H P^T + damp I)^-1 = U^T U`` for the permutation ``order``; ``(K, K)``, float32.
+def feedback(gram: Tensor, order: Tensor, dampening: float = DAMPENING) -> Tensor:
+    """``F`` of ``P H P^T + damp I = (F + I) D (F + I)^T`` for the permutation ``order``; ``(K, K)``, strictly
+    upper triangular (its diagonal and lower part are not to be read).
 
     Raises the dampening tenfold until the factorization succeeds, so that few tokens (a rank-deficient
     ``H``) cannot fail.
     """
-    permuted = gram[order][:, order]
-    mean = permuted.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # With rows and columns reversed the upper factorization is an ordinary Cholesky factorization.
+    backwards = order.flip(0)
+    damped = gram[backwards][:, backwards]
+    diagonal = damped.diagonal()
+    mean = diagonal.mean().clamp(min=torch.finfo(damped.dtype).tiny)
+    added = 0.0
     while True:
-        damped = permuted.clone()
-        damped.diagonal().add_(dampening * mean)
-        # With rows and columns reversed, H = L L^T becomes H = R R^T for the upper triangular R = flip(L),
-        # so U = R^-1: one factorization and one triangular solve instead of an inverse and two.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0:
-            identity = torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-            if bool(torch.isfinite(upper).all()):
-                return upper
-        dampening *= 10
+        diagonal.add_((dampening - added) * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            return (lower / lower.diagonal()).flip(0, 1)
+        added, dampening = dampening, dampening * 10
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class ColumnGrid:
     @staticmethod
     def of(grid: Grid, order: Tensor, columns: Tensor | None = None) -> ColumnGrid:
         """``grid`` for columns visited in ``order``; ``columns`` ``(N, K)`` divides the scales."""
-        scales = grid.expand(grid.scales)
+        groups = order // grid.scheme.group(grid.in_features)
+        scales, zeros = grid.scales.T[groups], grid.zeros.T[groups]
         if columns is not None:
-            scales = scales / columns
-        zeros = grid.expand(grid.zeros)
-        return ColumnGrid(scales.T[order].contiguous(), zeros.T[order].contiguous(), grid.scheme.levels)
+            scales = scales / columns.T[order]
+        return ColumnGrid(scales, zeros, grid.scheme.levels)
 
 
 def compensated_codes(weight: Tensor, grid: ColumnGrid, factor: Tensor, order: Tensor) -> Tensor:
@@ -78,30 +78,28 @@ def compensated_codes(weight: Tensor, grid: ColumnGrid, factor: Tensor, order: T
     Args:
         weight: float32; not changed.
         grid: what the codes stand for.
-        factor: from :func:`inverse_factor` for the same ``order``.
+        factor: from :func:`feedback` for the same ``order``.
         order: ``(K,)`` the order in which columns are rounded.
 
     Returns:
         ``(K, N)`` float codes in ``[0, levels - 1]``, in the order of visits.
     """
     # Columns become contiguous rows, so that each step touches one run of memory.
-    left = weight.T[order].contiguous()
-    codes = torch.empty_like(left)
-    errors = torch.empty(_BLOCK, left.shape[1], dtype=left.dtype, device=left.device)
-    top, width = float(grid.levels - 1), left.shape[0]
-    inverse_diagonal = (1.0 / factor.diagonal()).tolist()
+    target = weight.T[order]
+    wanted, codes = target.clone(), torch.empty_like(target)
+    errors = torch.empty(_BLOCK, target.shape[1], dtype=target.dtype, device=target.device)
+    top, width = float(grid.levels - 1), target.shape[0]
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
         for i in range(start, end):
-            row, scale, zero = left[i], grid.scales[i], grid.zeros[i]
-            code = torch.div(row, scale).round_().add_(zero).clamp_(0.0, top)
-            codes[i] = code
-            error = torch.sub(row, code.sub_(zero).mul_(scale)).mul_(inverse_diagonal[i])
-            errors[i - start] = error
+            scale, zero, code, error = grid.scales[i], grid.zeros[i], codes[i], errors[i - start]
+            torch.div(wanted[i], scale, out=code).round_().add_(zero).clamp_(0.0, top)
+            torch.sub(code, zero, out=error).mul_(scale)
+            torch.sub(target[i], error, out=error)
             if i + 1 < end:
-                left[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
+                wanted[i + 1 : end].addr_(factor[i, i + 1 : end], error)
         if end < width:
-            left[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
+            wanted[end:].addmm_(factor[start:end, end:].T, errors[: end - start])
     return codes
 
 

@@ -106,9 +106,11 @@ class Weights:
         return value.to(self.device)
 
     def _checked(self, name: str, value: Tensor) -> Tensor:
-        # A NaN or Inf anywhere makes the sum non-finite: one pass, no mask of the size of the weight.
-        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
-            bad = (~torch.isfinite(value)).nonzero()
+        # A NaN or Inf anywhere makes the sum non-finite: one pass, and a mask only when in doubt, since
+        # sums of finite values can overflow too.
+        suspect = value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32)))
+        bad = (~torch.isfinite(value)).nonzero() if suspect else ()
+        if len(bad):
             raise NonFiniteError(
                 f"parameter {name!r} holds {len(bad)} NaN or Inf value(s), the first at index "
                 f"{tuple(bad[0].tolist())}: the checkpoint is damaged or was trained into overflow; "

@@ -8,9 +8,9 @@ from typing import ClassVar
 from awqc.calibrate import Activations, Observers, Stages, Statistics
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.loss import GATE_ROWS, output_loss, sample_rows
+from awqc.loss import GATE_ROWS, output_loss
 from awqc.pipeline import Pass
-from awqc.quantized import minmax_grid
+from awqc.quantized import minmax_grid, sample_rows
 from awqc.schemes import Schemes
 
 

@@ -14,9 +14,9 @@ from awqc.clipping import SHRINKS, clipped_grid
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
-from awqc.loss import GATE_ROWS, gram_blocks, output_loss, sample_rows
+from awqc.loss import GATE_ROWS, gram_blocks, output_loss
 from awqc.pipeline import Pass
-from awqc.quantized import minmax_grid
+from awqc.quantized import minmax_grid, sample_rows
 from awqc.schemes import Schemes
 
 
@@ -49,9 +49,11 @@ class ClipWeights(Pass):
                 blocks = gram_blocks(statistics.gram, scheme.group(view.in_features))
                 clipped, share = clipped_grid(weight, scheme, blocks, self.shrinks)
                 full = minmax_grid(weight, scheme)
-                # A comparison needs no more than a sample of rows.
-                error = [sample_rows(grid.nearest(weight) - weight, GATE_ROWS) for grid in (full, clipped)]
-                losses = [float(output_loss(e, statistics.held_out)) for e in error]
+                rows = sample_rows(weight, GATE_ROWS)
+                losses = [
+                    float(output_loss(grid.sample(GATE_ROWS).nearest(rows) - rows, statistics.held_out))
+                    for grid in (full, clipped)
+                ]
                 row = context.report.linears[view.parameter]
                 if losses[1] < losses[0]:
                     grids[view.parameter], row.clipped = clipped, float(1 - share.mean())

@@ -17,10 +17,10 @@ from awqc.calibrate import InputStatistics, Statistics
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
-from awqc.loss import GATE_ROWS, output_loss, sample_rows
+from awqc.loss import GATE_ROWS, output_loss
 from awqc.pipeline import Pass
-from awqc.quantized import Grid, Scheme, from_codes, minmax_grid
-from awqc.rounding import ColumnGrid, compensated_codes, descend, in_place, inverse_factor, visiting_order
+from awqc.quantized import Grid, Scheme, from_codes, minmax_grid, sample_rows
+from awqc.rounding import ColumnGrid, compensated_codes, descend, feedback, in_place, visiting_order
 from awqc.schemes import Schemes
 from awqc.views import Linear
 from awqc.weights import Rounded
@@ -65,23 +65,20 @@ class RoundWeights(Pass):
             chosen.get(view.parameter) or minmax_grid(weight, schemes[view.parameter])
             for view, weight in zip(views, weights, strict=True)
         ]
-        nearest = [grid.encode(weight) for grid, weight in zip(grids, weights, strict=True)]
-        compensated = (
-            self._compensated(weights, grids, statistics) if self.method == "compensated" else nearest
-        )
-        held_out = statistics.held_out
-        for view, weight, grid, plain, better in zip(
-            views, weights, grids, nearest, compensated, strict=True
-        ):
-            gate = [
-                output_loss(sample_rows(grid.decode(codes) - weight, GATE_ROWS), held_out)
-                for codes in (plain, better)
-            ]
-            improves = float(gate[1]) < float(gate[0])
-            codes = better if improves else plain
+        compensated = self._compensated(weights, grids, statistics) if self.method == "compensated" else None
+        for i, (view, weight, grid) in enumerate(zip(views, weights, grids, strict=True)):
+            rows, sample = sample_rows(weight, GATE_ROWS), grid.sample(GATE_ROWS)
+            error = float(output_loss(sample.nearest(rows) - rows, statistics.held_out))
+            codes, rounding = None, "nearest"
+            if compensated is not None:
+                chosen_rows = sample.decode(sample_rows(compensated[i], GATE_ROWS))
+                improved = float(output_loss(chosen_rows - rows, statistics.held_out))
+                if improved < error:
+                    codes, error, rounding = compensated[i], improved, "compensated"
             row = context.report.linears[view.parameter]
-            row.scheme, row.rounding = str(schemes[view.parameter]), "compensated" if improves else "nearest"
-            row.error = min(map(float, gate)) / (row.energy or 1.0)
+            row.scheme, row.rounding = str(schemes[view.parameter]), rounding
+            row.error = error / (row.energy or 1.0)
+            codes = grid.encode(weight) if codes is None else codes
             graph.weights[view.parameter] = Rounded(from_codes(codes, grid), view.transposed)
 
     def _compensated(
@@ -89,7 +86,7 @@ class RoundWeights(Pass):
     ) -> list[Tensor]:
         """Codes ``(N, K)`` of every weight, from one run over the columns of all of them."""
         order = visiting_order(statistics.gram)
-        factor = inverse_factor(statistics.gram, order)
+        factor = feedback(statistics.gram, order)
         weight = torch.cat(weights)
         columns = ColumnGrid.of(join(grids), order)
         codes = compensated_codes(weight, columns, factor, order)

@@ -29,10 +29,10 @@ from awqc.clipping import clipped_grid
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.groups import ScaleGroup
-from awqc.loss import gram_blocks, output_loss, sample_rows
+from awqc.loss import gram_blocks, output_loss
 from awqc.pipeline import Pass
-from awqc.quantized import Scheme
-from awqc.rounding import ColumnGrid, compensated_codes, in_place, inverse_factor, visiting_order
+from awqc.quantized import Scheme, sample_rows
+from awqc.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
 from awqc.scales import Scales
 from awqc.schemes import Schemes
 from awqc.views import Linear
@@ -80,7 +80,7 @@ class SearchScales(Pass):
 
     grid: int = 10
     families: tuple[Literal["activation", "duo"], ...] = ("activation", "duo")
-    sample_rows: int = 32
+    sample_rows: int = 16
     shrinks: tuple[float, ...] = (1.0, 0.84, 0.7)
     rounding: Literal["nearest", "compensated"] = "nearest"
     objective: Literal["linear", "block"] = "linear"
@@ -153,7 +153,7 @@ class SearchScales(Pass):
             return ((grid.nearest(scaled) - scaled) / spread).reshape(count, n, k)
         if id(gram) not in factors:
             order = visiting_order(gram)
-            factors[id(gram)] = order, inverse_factor(gram, order)
+            factors[id(gram)] = order, feedback(gram, order)
         order, factor = factors[id(gram)]
         codes = in_place(compensated_codes(weight, ColumnGrid.of(grid, order, spread), factor, order), order)
         return (grid.decode(codes) / spread - weight).reshape(count, n, k)

@@ -12,8 +12,8 @@ from awqc.rounding import (
     ColumnGrid,
     compensated_codes,
     descend,
+    feedback,
     in_place,
-    inverse_factor,
     visiting_order,
 )
 
@@ -37,7 +37,7 @@ def problem(
 
 def compensated(weight: Tensor, grid: Grid, gram: Tensor, dampening: float = 0.01) -> Tensor:
     order = visiting_order(gram)
-    factor = inverse_factor(gram, order, dampening)
+    factor = feedback(gram, order, dampening)
     return in_place(compensated_codes(weight, ColumnGrid.of(grid, order), factor, order), order)
 
 
@@ -95,7 +95,7 @@ def test_fewer_tokens_than_columns(tokens: int, dtype: torch.dtype) -> None:
     x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gram = (x.T @ x).to(dtype)
     order = visiting_order(gram)
-    factor = inverse_factor(gram, order)
+    factor = feedback(gram, order)
     assert torch.isfinite(factor).all()
     narrow = Grid(grid.scales.to(dtype), grid.zeros.to(dtype), grid.scheme, grid.in_features)
     codes = in_place(compensated_codes(weight.to(dtype), ColumnGrid.of(narrow, order), factor, order), order)
@@ -106,14 +106,18 @@ def test_fewer_tokens_than_columns(tokens: int, dtype: torch.dtype) -> None:
         assert torch.equal(codes, narrow.encode(weight.to(dtype)))
 
 
-def test_the_factor_is_the_cholesky_factor_of_the_damped_inverse() -> None:
+def test_the_feedback_factors_the_damped_gram_matrix() -> None:
     _, _, gram = problem()
     order = visiting_order(gram)
-    factor = inverse_factor(gram, order, dampening=0.02)
-    damped = gram[order][:, order] + 0.02 * gram.diagonal().mean() * torch.eye(WIDTH, dtype=gram.dtype)
-    assert torch.equal(factor, factor.triu())
-    residual = (factor.T @ factor @ damped - torch.eye(WIDTH, dtype=gram.dtype)).abs().max()
-    assert residual <= WIDTH * torch.finfo(torch.float64).eps * torch.linalg.cond(damped)
+    identity = torch.eye(WIDTH, dtype=gram.dtype)
+    unit = feedback(gram, order, dampening=0.02).triu(1) + identity
+    damped = gram[order][:, order] + 0.02 * gram.diagonal().mean() * identity
+    # D is what is left when both unit triangles are divided out: it must be diagonal and positive.
+    left = torch.linalg.solve_triangular(unit, damped, upper=True)
+    middle = torch.linalg.solve_triangular(unit, left.T, upper=True)
+    off = (middle - torch.diag(middle.diagonal())).abs().max()
+    assert off <= WIDTH * torch.finfo(torch.float64).eps * torch.linalg.cond(damped) * middle.abs().max()
+    assert (middle.diagonal() > 0).all()
 
 
 def test_columns_are_visited_by_decreasing_energy_and_ties_in_order() -> None:
@@ -126,15 +130,13 @@ def test_scaled_columns_are_the_same_problem_in_another_basis() -> None:
     scales = torch.exp2(torch.arange(WIDTH, dtype=torch.float64) % 5 - 2)
     grid = minmax_grid(weight * scales, Scheme(3, 50))
     order = visiting_order(gram)
-    factor = inverse_factor(gram, order)
+    factor = feedback(gram, order)
     columns = ColumnGrid.of(grid, order, scales.expand_as(weight))
     codes = in_place(compensated_codes(weight, columns, factor, order), order)
     # The direct way, with the factor of the scaled Gram matrix: H -> diag(1/s) H diag(1/s).
     dampened = gram + 0.01 * gram.diagonal().mean() * torch.eye(WIDTH, dtype=gram.dtype)
     moved = dampened / scales / scales[:, None]
-    direct = compensated_codes(
-        weight * scales, ColumnGrid.of(grid, order), inverse_factor(moved, order, 0), order
-    )
+    direct = compensated_codes(weight * scales, ColumnGrid.of(grid, order), feedback(moved, order, 0), order)
     assert torch.equal(codes, in_place(direct, order))
 
 
@@ -177,7 +179,7 @@ def test_neither_changes_what_it_is_given() -> None:
     order = visiting_order(gram)
     given = [weight, gram, grid.scales, grid.zeros]
     copies = [t.clone() for t in given]
-    codes = compensated_codes(weight, ColumnGrid.of(grid, order), inverse_factor(gram, order), order)
+    codes = compensated_codes(weight, ColumnGrid.of(grid, order), feedback(gram, order), order)
     before = codes.clone()
     descend(codes, weight, ColumnGrid.of(grid, order), gram, order)
     assert torch.equal(codes, before)
