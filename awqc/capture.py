@@ -92,9 +92,10 @@ def capture(
         try:
             program = torch.export.export(module, (), fake_kwargs, strict=False)
         except Exception as error:
+            cause = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
             raise CaptureError(
-                f"{type(module).__name__} could not be traced by torch.export: "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+                f"{type(module).__name__} could not be traced by torch.export: {cause}; "
+                "check that it runs on such inputs, and that its forward does not branch on values of tensors"
             ) from error
     weights = Weights(source.names(), source.read, dtype, device, tied)
     graph = _named_graph(program, weights, tied)

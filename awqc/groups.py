@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -92,6 +93,13 @@ def find_groups(graph: Graph) -> ScaleGroups:
     Where several flows reach one linear, the one that reaches most linears wins, then the one that keeps
     most channels, then the first in the order of the graph.
     """
+    # Ids are small and read all the time: they stay on the CPU, also under a user's `with torch.device(...)`.
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.device("cpu") if elsewhere else nullcontext():
+        return _find_groups(graph)
+
+
+def _find_groups(graph: Graph) -> ScaleGroups:
     sites = graph.facts.get(Sites)
     if sites is None:
         sites = find_sites(graph)

@@ -23,19 +23,18 @@ class Refusals:
         self._views: dict[str, list[Linear]] = {}
         for view in views:
             self._views.setdefault(view.parameter, []).append(view)
-        self._inputs = {view.x for found in self._views.values() for view in found}
-        self._at_input: dict[fx.Node, tuple[Refusal, frozenset[fx.Node]]] = {}
+        self._at_value: dict[fx.Node, tuple[Refusal, frozenset[fx.Node]]] = {}
         self._at_op: dict[str, Refusal] = {}
 
     def add(self, flow: Flow) -> None:
         """Record a flow that has been run; the first one to meet a node speaks for it."""
         for refusal in flow.refusals:
             self._at_op.setdefault(refusal.node, refusal)
-        for node in flow.values:
-            if node in self._inputs and node not in self._at_input:
-                refused = flow.refusal(node)
-                if refused is not None:
-                    self._at_input[node] = refused, frozenset(flow.values)
+        scaled = frozenset(flow.values) if flow.refusals else frozenset()
+        for node in scaled - self._at_value.keys():
+            refused = flow.refusal(node)
+            if refused is not None:
+                self._at_value[node] = refused, scaled
 
     def of(self, parameter: str) -> str:
         """The reason why no scale can be undone in the weight ``parameter``.
@@ -45,8 +44,8 @@ class Refusals:
         """
         views = self._views[parameter]
         for view in views:
-            if view.x in self._at_input:
-                refusal, scaled = self._at_input[view.x]
+            if view.x in self._at_value:
+                refusal, scaled = self._at_value[view.x]
                 for reader in view.other_readers:
                     if reader in scaled:
                         who = f"{op_name(reader)} ({reader.name})"
@@ -55,8 +54,13 @@ class Refusals:
         return self._in_front(views[0].x)
 
     def _in_front(self, x: fx.Node) -> str:
-        # What the rows of the linear in front met is a better answer than what its columns and bias did.
-        nodes = sorted(_between(x), key=lambda n: (linear(n) is not None, -self._order[n]))
+        nodes = sorted(_between(x), key=self._order.__getitem__, reverse=True)
+        for node in nodes:
+            # What a linear itself stops is its columns, and they are no way to scale its result.
+            if node.name in self._at_op and linear(node) is None:
+                return str(self._at_op[node.name])
+            if node in self._at_value:
+                return str(self._at_value[node][0])
         for node in nodes:
             if node.name in self._at_op:
                 return str(self._at_op[node.name])
