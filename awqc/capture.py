@@ -64,22 +64,15 @@ def capture(
         CaptureError: if the forward cannot be traced; the cause is chained.
     """
     module = source.module
-    names = {id(t): n for n, t in named_tensors(module)}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    by_fake: dict[int, str] = {}
 
     def as_fake(tensor: Tensor) -> Tensor:
+        # Buffers too, since the graph's weights are all handed out in one dtype: casting a model to half
+        # precision casts its tables along.
         kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-        if isinstance(tensor, nn.Parameter):
-            with fake:
-                new: Tensor = nn.Parameter(
-                    torch.empty(tensor.shape, dtype=kind, device=device), requires_grad=False
-                )
-        else:
-            with fake:
-                new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        by_fake[id(new)] = names[id(tensor)]
-        return new
+        with fake:
+            new = torch.empty(tensor.shape, dtype=kind, device=device)
+            return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
 
     tied = aliases(module)
     kwargs = {**_accepted_settings(module), **inputs}
