@@ -203,7 +203,8 @@ class Activations:
     def __post_init__(self) -> None:
         self._nodes = self.graph.nodes
         self._order = self.graph.order()
-        self._weight_only = weight_only(self.graph)
+        #: nodes that weights alone determine: computed anew wherever they are read
+        self.weight_only = weight_only(self.graph)
         self._static: Env = {}
         self._position = 0
         self._run_static()
@@ -265,7 +266,7 @@ class Activations:
     def _run_static(self) -> None:
         """Masks, positions, rotations: the same for every sample, so computed once and shared."""
         varying = dependent_on(self.graph, lambda n: n.op == "placeholder")
-        nodes = [n for n in self._nodes if n.op == "call_function" and n not in varying | self._weight_only]
+        nodes = [n for n in self._nodes if n.op == "call_function" and n not in varying | self.weight_only]
         execute(nodes, self._static, self.graph.weights)
 
     def _move(self, end: int) -> None:
@@ -273,16 +274,16 @@ class Activations:
         run = [
             n
             for n in self._nodes[start:end]
-            if n.op == "call_function" and n not in self._static and n not in self._weight_only
+            if n.op == "call_function" and n not in self._static and n not in self.weight_only
         ]
-        before = {operand for n in run for operand in n.all_input_nodes if operand in self._weight_only}
+        before = {operand for n in run for operand in n.all_input_nodes if operand in self.weight_only}
         run = sorted({*run, *_missing(before, {}, self._order)}, key=self._order.__getitem__)
         keep = self._live(end)
         for index, sample in enumerate(self.samples):
             env = {**self._static, **sample}
             execute(run, env, self.graph.weights, keep=None if index == 0 else keep)
             if index == 0:
-                self.history.update({n: env[n] for n in (*sample, *run) if n not in self._weight_only})
+                self.history.update({n: env[n] for n in (*sample, *run) if n not in self.weight_only})
             self.samples[index] = {n: env[n] for n in keep if n not in self._static}
         self._prune_history(end)
 
@@ -292,7 +293,7 @@ class Activations:
             n
             for n in self._nodes[:position]
             if n.op in ("call_function", "placeholder")
-            and n not in self._weight_only
+            and n not in self.weight_only
             and any(order[u] >= position for u in n.users)
         ]
 
@@ -305,7 +306,7 @@ class Activations:
                 if s.start >= position
                 for g in s.groups
                 for n in g.values
-                if n not in self._weight_only and n.op == "call_function"
+                if n not in self.weight_only and n.op == "call_function"
             ),
             default=len(self._order),
         )

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
-from awqc.calibrate import Activations, Stage, weight_only
+from awqc.calibrate import Activations, Stage
 from awqc.capture import relative_error
 from awqc.errors import VerifyError
 from awqc.graph import Env, Graph
+from awqc.views import linear
+
+#: Tokens on which the outputs of a stage's linears are compared.
+CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,19 @@ class StageCheck:
     _version: int = -1
 
     def __post_init__(self) -> None:
-        constant = weight_only(self.graph)
-        self._tainted = {n for g in self.stage.groups for n in g.values if n not in constant}
-        frontier = {
-            u for n in self._tainted for u in n.users if u not in self._tainted and u.op == "call_function"
-        }
+        # Everything that the stage's groups scale. What weights alone determine, and lists of tensors of
+        # which a group scales some, are looked through: their readers are what must not notice.
+        scaled = {n for g in self.stage.groups for n in g.values}
+        for node in self.graph.nodes:
+            inner = node in self.activations.weight_only or not isinstance(node.meta.get("val"), Tensor)
+            if inner and not scaled.isdisjoint(node.all_input_nodes):
+                scaled.add(node)
+        frontier = {u for n in scaled for u in n.users if u not in scaled and u.op == "call_function"}
         frontier |= {view.node for view in self.stage.linears}
         # Taken now: when the tokens have moved on, what the stage started from is gone. Readers that ran
         # before the stage are to be run again, so their values are not taken.
         there = {**self.activations.history, **self.activations.samples[0]}
-        self._known = {n: v for n, v in there.items() if n not in self._tainted | frontier}
+        self._known = {n: v for n, v in there.items() if n not in scaled | frontier}
         self._wanted = sorted(frontier, key=self.graph.order().__getitem__)
 
     def before(self) -> None:
@@ -106,7 +114,16 @@ class StageCheck:
         self._expected, self._version = found, self.graph.weights.version
 
     def _run(self) -> Env:
-        return self.activations.evaluate(self._wanted, self._known)
+        """Values of the wanted nodes; of a linear, its outputs for some of its input rows."""
+        views = {node: view for node in self._wanted if (view := linear(node)) is not None}
+        needed = {views[node].x if node in views else node for node in self._wanted}
+        values = self.activations.evaluate(needed, self._known)
+        weights = self.graph.weights
+        for node, view in views.items():
+            x = values[view.x].flatten(0, -2)[:CHECKED_ROWS]
+            bias = None if view.bias is None else weights[str(view.bias.target)]
+            values[node] = F.linear(x, view.weight(weights[view.parameter]), bias)
+        return {node: values[node] for node in self._wanted}
 
     def _stored_rounding(self) -> float:
         """A producer that is already quantized rounds its folded scales to half precision."""
