@@ -1,10 +1,10 @@
 """Rounding that makes later columns pay for the error of earlier ones (GPTQ, Frantar et al. 2022).
 
 ``H`` is the Gram matrix of the inputs. With ``H = (F + I) D (F + I)^T``, ``F`` strictly upper triangular and
-``D`` diagonal, the optimal feedback is to add ``(w_i - q_i) F_ij`` to every later column ``j`` once column
-``i`` has been rounded to ``q_i``. This is GPTQ without its matrix inverse (LDLQ, Chee et al. 2023, theorem 1).
-The grid is fixed before (scales and zero points come from clipping), so columns can be visited in any order
-without an index: most active first.
+``D`` diagonal, the optimal feedback is to add ``(w_i - q_i) F_ij`` to every later column ``j`` once
+column ``i`` has been rounded to ``q_i``. This is GPTQ without its matrix inverse (LDLQ, Chee et al. 2023,
+theorem 1). The grid is fixed before (scales and zero points come from clipping), so columns can be visited
+in any order without an index: most active first.
 """
 
 from __future__ import annotations

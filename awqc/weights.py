@@ -109,7 +109,7 @@ class Weights:
         # A NaN or Inf anywhere makes the sum non-finite: one pass, and a mask only when in doubt, since
         # sums of finite values can overflow too.
         suspect = value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32)))
-        bad = (~torch.isfinite(value)).nonzero() if suspect else ()
+        bad = (~torch.isfinite(value)).nonzero() if suspect else torch.empty(0)
         if len(bad):
             raise NonFiniteError(
                 f"parameter {name!r} holds {len(bad)} NaN or Inf value(s), the first at index "

@@ -88,7 +88,8 @@ def main() -> None:
 
     where = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
     print(
-        f"{where}, torch {torch.__version__}, transformers {transformers.__version__}; calibration: {tokens}\n"
+        f"{where}, torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"calibration: {tokens}\n"
     )
     print(f"| bits | passes | {' | '.join(texts)} | groups scaled | mean error, % | seconds |")
     print("|---|---" * 2 + "|---" * (len(texts) + 1) + "|")

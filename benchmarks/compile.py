@@ -5,7 +5,8 @@
 
 Reported: seconds of ``awqc.compile`` (capture, proof, calibration, search, fold, clip, round, lower; the
 model's weights are read within it), seconds by pass, and the peak resident memory of the process, imports
-included; imports themselves are timed apart. Runs once in a fresh process; nothing is warmed up, because a user's compile is not either.
+included; imports themselves are timed apart. Runs once in a fresh process; nothing is warmed up, because a
+user's compile is not either.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def random_llama(directory: Path, layers: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, help="model directory; a random Llama if left out")
     parser.add_argument("--calib", help="text file; random tokens if left out")
     parser.add_argument("--layers", type=int, default=4, help="layers of the random Llama")
@@ -79,8 +82,9 @@ def main() -> None:
         )
         seconds = time.perf_counter() - start
     print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {options.threads} thread(s), {options.device}"
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{options.threads} thread(s), {options.device}"
     )
     print(f"{options.model or f'random Llama, {options.layers} layers, hidden 512'}: ", end="")
     print(f"{options.samples} x {options.seq_len} tokens, {options.bits} bits")
