@@ -194,8 +194,8 @@ class Flow:
             self._queued.discard(node)
             budget -= 1
             if node.target is operator.getitem:
-                pieces = self.values.get(node.args[0])  # type: ignore[arg-type]
-                self._update(node, pieces[node.args[1]] if isinstance(pieces, list) else None)  # type: ignore[index]
+                pieces = self.values.get(operand(node, 0))
+                self._update(node, pieces[operand(node, 1)] if isinstance(pieces, list) else None)
                 continue
             if not any(source in self.values for source in node.all_input_nodes):
                 self._update(node, None)
@@ -260,7 +260,7 @@ class Flow:
             return site, lambda wanted: Scaled(compact(wanted.ids), wanted.degree)
         chain = [node]
         while self.sites.of(chain[-1]) is None:
-            source = chain[-1].args[0] if chain[-1].op == "call_function" and chain[-1].args else None
+            source = operand(chain[-1], 0) if chain[-1].op == "call_function" else None
             if not isinstance(source, fx.Node) or not _moves_only(chain[-1]):
                 return None
             chain.append(source)

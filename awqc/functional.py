@@ -72,7 +72,7 @@ def _memory(node: fx.Node) -> set[int]:
 def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
     """The op that computes what the in-place ``node`` writes, if there is one of the same dtype."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or written(node) != [node.args[0]]:
+    if not isinstance(target, torch._ops.OpOverload) or written(node) != [operand(node, 0)]:
         return None
     name = target._schema.name.removeprefix("aten::")
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None

@@ -21,7 +21,7 @@ from awqc.context import Context
 from awqc.functional import bases, written
 from awqc.graph import Graph
 from awqc.pipeline import Pass
-from awqc.views import dtype, shape, weight_behind
+from awqc.views import dtype, operand, shape, weight_behind
 
 aten = torch.ops.aten
 
@@ -49,7 +49,7 @@ class Canonicalize(Pass):
             if node.target in _NO_EFFECT:
                 graph.fx.erase_node(node)
             elif _is_identity(node) and not _is_needed_copy(node, base, overwritten):
-                node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+                node.replace_all_uses_with(operand(node, 0))
                 graph.fx.erase_node(node)
             elif node.target in (aten.addmm.default, aten.mm.default, aten.matmul.default):
                 _to_linear(graph.fx, node)
@@ -61,7 +61,7 @@ class Canonicalize(Pass):
 def _is_identity(node: fx.Node) -> bool:
     if node.target in _SAME:
         return True
-    source = node.args[0] if node.args else None
+    source = operand(node, 0)
     if node.target not in _CASTS or not isinstance(source, fx.Node):
         return False
     before, after = source.meta["val"], node.meta["val"]
@@ -69,17 +69,15 @@ def _is_identity(node: fx.Node) -> bool:
 
 
 def _is_needed_copy(node: fx.Node, base: dict[fx.Node, fx.Node], overwritten: set[fx.Node]) -> bool:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return base[node] is node and not overwritten.isdisjoint((node, base[source]))
+    return base[node] is node and not overwritten.isdisjoint((node, base[operand(node, 0)]))
 
 
 def _to_linear(nodes: fx.Graph, node: fx.Node) -> None:
-    bias, x, weight = None, node.args[0], node.args[1]
+    bias, x, weight = None, operand(node, 0), operand(node, 1)
     if node.target is aten.addmm.default:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
             return
-        bias, x, weight = node.args[:3]
+        bias, x, weight = operand(node, 0), operand(node, 1), operand(node, 2)
         if not isinstance(bias, fx.Node) or len(shape(bias)) != 1 or bias.op != "get_attr":
             return
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or len(shape(x)) < 2:
