@@ -1,0 +1,47 @@
+"""The compiler on a CUDA device: the same decisions and the same function as on the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+import awqc
+from awqc import QuantConfig
+from awqc.capture import relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CONFIG = QuantConfig(group_size=32)
+
+
+def test_compile_save_and_load_on_the_device(
+    tiny_llama: LlamaForCausalLM, token_ids: Tensor, tmp_path: Path
+) -> None:
+    on_cpu = awqc.compile(tiny_llama, token_ids, backend="reference", config=CONFIG)
+    on_gpu = awqc.compile(tiny_llama, token_ids, config=CONFIG, device="cuda")
+    assert {t.device.type for t in on_gpu.state_dict().values()} == {"cuda"}
+    assert {t.device.type for t in tiny_llama.state_dict().values()} == {"cpu"}
+    assert on_gpu.report.proof["relative_error"] < 1e-9
+    found, expected = on_gpu(token_ids[:1].cuda()).logits.cpu(), on_cpu(token_ids[:1]).logits
+    original = tiny_llama(token_ids[:1]).logits
+    # Sums in another order may turn single codes over, which is far less than quantization itself does.
+    assert relative_error(found, expected) < 0.5 * relative_error(expected, original)
+    tokens = on_gpu.generate(token_ids[:1, :8].cuda(), max_new_tokens=8, do_sample=False)
+    saved = on_gpu.save(tmp_path / "out")
+    again = awqc.load(saved, device="cuda", dtype=torch.float32)
+    # Dense tensors are stored in half precision: eleven bits each.
+    assert relative_error(again(token_ids[:1].cuda()).logits.cpu(), found) < 16 * 2.0**-11
+    assert tokens.shape == (1, 16)
+
+
+def test_a_half_precision_load_generates(
+    tiny_llama: LlamaForCausalLM, token_ids: Tensor, tmp_path: Path
+) -> None:
+    saved = awqc.compile(tiny_llama, token_ids, config=CONFIG, device="cuda").save(tmp_path / "out")
+    model = awqc.load(saved, device="cuda")
+    assert {t.dtype for t in model.parameters()} == {torch.float16}
+    assert torch.isfinite(model(token_ids[:1].cuda()).logits).all()
