@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from awqc.flow import Flow, Refusal, Scaled, seeds
 from awqc.graph import Graph
 from awqc.refusals import Refusals
-from awqc.sites import Part, Sites, divisor, find_sites, fold
-from awqc.views import Linear, linear, linears
+from awqc.sites import Part, Sites, find_sites, fold
+from awqc.views import Linear, linears
 from awqc.weights import Weights
 
 
@@ -151,6 +151,3 @@ def random_scales(group: ScaleGroup, generator: torch.Generator) -> Tensor:
     """Scales log-uniform in [1/4, 4], float64; refused channels 1."""
     scales = torch.exp2(torch.rand(group.channels, generator=generator, dtype=torch.float64) * 4 - 2)
     return torch.where(group.alive, scales, 1.0)
-
-
-__all__ = ["ScaleGroup", "ScaleGroups", "divisor", "find_groups", "linear", "random_scales"]
