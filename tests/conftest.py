@@ -4,40 +4,25 @@ a compile that touched its input would fail the tests that follow it."""
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
+
+from tests.models import llama
 
 #: Input channels that :func:`outlier_llama` makes large, and how large.
 OUTLIERS = {5: 32.0, 23: 16.0, 42: 8.0}
 
 
-def build_llama(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="session")
 def tiny_llama() -> LlamaForCausalLM:
     """Two layers of width 64 with grouped-query attention, float32."""
-    return build_llama()
+    return llama()
 
 
 @pytest.fixture(scope="session")
 def outlier_llama() -> LlamaForCausalLM:
     """The function of ``tiny_llama`` with outlier channels: a norm's weight is multiplied and the columns
     that read it are divided, by powers of two, so not a bit of the output changes but for rounding."""
-    model = build_llama()
+    model = llama()
     with torch.no_grad():
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp

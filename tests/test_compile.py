@@ -11,15 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 import awqc
 from awqc import CompiledModel, Pipeline, QuantConfig, Report, Scheme
@@ -27,6 +19,7 @@ from awqc.calibrate import Activations
 from awqc.capture import relative_error
 from awqc.passes.clip_weights import ClipWeights
 from awqc.runtime import QuantLinear
+from tests.models import gpt2, llama, qwen2, ragged_llama
 
 CONFIG = QuantConfig(group_size=32)
 
@@ -110,25 +103,13 @@ def test_it_stays_close_to_the_original(
 
 
 def test_the_original_is_not_touched(token_ids: Tensor) -> None:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**_SMALL)).train()
+    model = llama().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = {name: type(module) for name, module in model.named_modules()}
     compiled_from(model, token_ids)
     assert {name: type(module) for name, module in model.named_modules()} == modules
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-_SMALL: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def test_generate_with_a_cache_and_without(compiled: CompiledModel, token_ids: Tensor) -> None:
@@ -287,12 +268,6 @@ def test_the_report_goes_through_json(compiled: CompiledModel) -> None:
 # -- options -----------------------------------------------------------------------------------------------
 
 
-def ragged_llama() -> LlamaForCausalLM:
-    """Its down projection reads 96 channels: a group of 64 and one of 32."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**_SMALL, initializer_range=0.1)).eval()
-
-
 @pytest.mark.parametrize(
     ("bits", "group_size", "zero_point"),
     [
@@ -377,8 +352,7 @@ def test_linears_that_the_user_keeps(tiny_llama: LlamaForCausalLM, token_ids: Te
 
 
 def test_a_head_that_is_tied_to_the_embedding_is_never_quantized(token_ids: Tensor) -> None:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**_SMALL, tie_word_embeddings=True)).eval()
+    model = llama(tie_word_embeddings=True)
     found = compiled_from(model, token_ids, config=QuantConfig(group_size=32, quantize_head=True))
     row = found.report.linears["model.embed_tokens.weight"]
     assert row.decision == "kept"
@@ -415,19 +389,9 @@ def test_progress_is_told(tiny_llama: LlamaForCausalLM, token_ids: Tensor) -> No
 # -- other architectures -----------------------------------------------------------------------------------
 
 
-def gpt2() -> PreTrainedModel:
-    config = GPT2Config(vocab_size=128, n_positions=64, n_embd=64, n_layer=2, n_head=4, initializer_range=0.1)
-    return GPT2LMHeadModel(config)
-
-
-def qwen2() -> PreTrainedModel:
-    return Qwen2ForCausalLM(Qwen2Config(**{**_SMALL, "num_hidden_layers": 2}, initializer_range=0.1))
-
-
 @pytest.mark.parametrize("build", [gpt2, qwen2])
 def test_architectures_with_biases(build: Callable[[], PreTrainedModel], token_ids: Tensor) -> None:
-    torch.manual_seed(0)
-    model = build().eval()
+    model = build()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -471,8 +435,7 @@ FORMATS = {
 def test_what_is_saved_is_what_is_loaded(
     case: str, build: Callable[[], PreTrainedModel], token_ids: Tensor, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    model = build().eval()
+    model = build()
     found = compiled_from(model, token_ids[:8], config=FORMATS[case])
     path = found.save(tmp_path / "out", format=case.split(" ")[0])
     assert path == (tmp_path / "out").resolve()
