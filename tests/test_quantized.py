@@ -62,13 +62,14 @@ def test_codes_scales_and_zeros_mean_what_the_formula_says(weight: Tensor, schem
 @settings(deadline=None, max_examples=60)
 @given(weights(), schemes)
 def test_no_weight_is_further_than_it_may_be(weight: Tensor, scheme: Scheme) -> None:
-    """Half a step of the ideal scale; its rounding to half precision stretches the grid by 2**-11 of its
-    length at most, and the zero point's rounding shifts it by half a step."""
+    """Half a step of the ideal scale; its rounding to half precision (2**-11 of it, or 2**-25 where it is
+    subnormal) stretches the grid over all its levels, and the zero point's rounding shifts it by half a step."""
     found = quantize(weight, scheme)
     size = scheme.group(weight.shape[1])
     step = expand_groups(found.scales.float(), size, weight.shape[1])
     shift = 0.5 if scheme.zero_point else 0.0
-    bound = (0.5 + shift + 2**scheme.bits * 2.0**-11) * step
+    rounding = (step * 2.0**-11).clamp(min=2.0**-25)
+    bound = (0.5 + shift) * step + 2**scheme.bits * rounding
     assert ((found.dequantize() - weight).abs() <= bound).all()
 
 
