@@ -63,7 +63,7 @@ def test_codes_scales_and_zeros_mean_what_the_formula_says(weight: Tensor, schem
 @given(weights(), schemes)
 def test_no_weight_is_further_than_it_may_be(weight: Tensor, scheme: Scheme) -> None:
     """Half a step of the ideal scale; its rounding to half precision (2**-11 of it, or 2**-25 where it is
-    subnormal) stretches the grid over all its levels, and the zero point's rounding shifts it by half a step."""
+    subnormal) stretches the grid over its levels, and the zero point's rounding shifts it by half a step."""
     found = quantize(weight, scheme)
     size = scheme.group(weight.shape[1])
     step = expand_groups(found.scales.float(), size, weight.shape[1])
