@@ -17,6 +17,7 @@ from awqc.checkpoints import SearchRecord, fingerprint, hash_tensor
 from awqc.compiled import Compilation, CompiledModel, assemble, structural_copy
 from awqc.config import QuantConfig
 from awqc.context import Context, Progress, Silent
+from awqc.driver import default_pipeline
 from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.lowered import LoweredLinears
@@ -73,7 +74,7 @@ def compile(
         PipelineError, VerifyError: see :mod:`awqc.errors`; nothing has been written.
     """
     config, progress = config or QuantConfig(), progress or Silent()
-    pipeline = (pipeline or Pipeline.default()).with_options("lower", backend=backend)
+    pipeline = (pipeline or default_pipeline()).with_options("lower", backend=backend)
     if isinstance(backend, str) and backend != "auto":
         get_backend(backend)
     pipeline.check_order()

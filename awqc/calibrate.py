@@ -157,7 +157,8 @@ class InputStatistics:
     def finish(self) -> None:
         """Complete the symmetric halves and turn sums into means."""
         for gram in (self.gram, self.held_out):
-            gram.copy_(torch.triu(gram) + torch.triu(gram, 1).T)
+            for i in range(_GRAM_BLOCK, len(gram), _GRAM_BLOCK):
+                gram[i:, i - _GRAM_BLOCK : i] = gram[i - _GRAM_BLOCK : i, i:].T
         self.mean_abs /= max(self.tokens, 1)
 
     def fold(self, divisor: Tensor) -> None:
