@@ -69,10 +69,12 @@ class Stage:
 
     @property
     def linears(self) -> list[Linear]:
+        """All linears of the stage, in the order of their observers."""
         return [view for observer in self.observers for view in observer.linears]
 
     @property
     def groups(self) -> list[ScaleGroup]:
+        """The distinct scale groups of the stage's activations."""
         unique = {id(o.group): o.group for o in self.observers if o.group is not None}
         return list(unique.values())
 
@@ -138,6 +140,8 @@ class InputStatistics:
 
     @staticmethod
     def empty(width: int, device: torch.device) -> InputStatistics:
+        """Sums over no tokens of an activation of ``width`` channels."""
+
         def zeros(*size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.float32, device=device)
 

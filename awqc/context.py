@@ -30,7 +30,7 @@ class Progress(Protocol):
         ...
 
 
-class Silent:
+class Silent(Progress):
     """No progress shown."""
 
     def track(self, items: Sequence[T], what: str) -> Iterable[T]:

@@ -66,6 +66,7 @@ class Scaled:
         return bool((core == core.narrow(dim, 0, 1)).all())
 
     def same(self, other: Scaled | None) -> bool:
+        """Whether ``other`` says the same of a tensor of the same shape."""
         return (
             other is not None
             and self.degree == other.degree
@@ -110,9 +111,11 @@ class Op:
 
     @property
     def args(self) -> tuple[Any, ...]:
+        """Positional arguments of the node."""
         return self.node.args
 
     def arg(self, index: int, name: str | None = None, default: Any = None) -> Any:
+        """Argument ``index``, also when passed by ``name``; ``default`` when left out."""
         return operand(self.node, index, name, default)
 
     def value(self, operand: Any) -> Scaled | None:
@@ -132,6 +135,7 @@ class Op:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Shape of the node's result."""
         return shape(self.node)
 
     def poison(self, value: Scaled | None, reason: str, where: Tensor | None = None) -> None:
@@ -233,6 +237,7 @@ class Flow:
         return self.refusals[int(causes[0])] if len(causes) else None
 
     def poison(self, ids: Tensor, refusal: Refusal) -> None:
+        """Refuse the channels ``ids`` that nothing has refused yet, for the reason ``refusal``."""
         ids = ids[self.alive[ids]]
         if len(ids):
             self.alive[ids] = False
@@ -240,6 +245,7 @@ class Flow:
             self.refusals.append(refusal)
 
     def join(self, operand: fx.Node, wanted: Scaled) -> bool:
+        """Scale the parameter behind ``operand`` so that it becomes ``wanted``; False if it cannot."""
         found = self._site_of(operand)
         if found is None:
             return False

@@ -32,12 +32,15 @@ class Facts:
         return kind in self._facts
 
     def get(self, kind: type[F]) -> F | None:
+        """The fact of this type, or None."""
         return self._facts.get(kind)
 
     def drop(self, kind: type) -> None:
+        """Forget the fact of this type, if there is one."""
         self._facts.pop(kind, None)
 
     def kinds(self) -> set[type]:
+        """The types of all facts."""
         return set(self._facts)
 
 
@@ -65,6 +68,7 @@ class Graph:
 
     @property
     def nodes(self) -> list[fx.Node]:
+        """All nodes in execution order, as a list that a loop may change the graph behind."""
         return list(self.fx.nodes)
 
     @property
@@ -74,6 +78,7 @@ class Graph:
 
     @property
     def output(self) -> fx.Node:
+        """The output node."""
         return next(iter(reversed(self.fx.nodes)))
 
     def parameters(self) -> dict[str, fx.Node]:

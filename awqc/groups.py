@@ -43,6 +43,7 @@ class ScaleGroup:
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """Producers, then consumers."""
         return self.producers + self.consumers
 
     def at_input(self, node: fx.Node) -> tuple[Tensor, float]:

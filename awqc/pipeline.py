@@ -67,6 +67,7 @@ class Pipeline:
         return iter(self.passes)
 
     def names(self) -> list[str]:
+        """Names of the passes in order."""
         return [p.name for p in self.passes]
 
     def insert_before(self, name: str, new: Pass) -> Pipeline:

@@ -134,10 +134,12 @@ class QuantizedWeight:
 
     @property
     def out_features(self) -> int:
+        """``N``."""
         return self.codes.shape[0]
 
     @property
     def in_features(self) -> int:
+        """``K``."""
         return self.codes.shape[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

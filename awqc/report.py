@@ -54,6 +54,7 @@ class LinearRow:
 
     @property
     def parameters(self) -> int:
+        """Number of weights, ``N * K``."""
         return self.out_features * self.in_features
 
 
@@ -122,6 +123,7 @@ class Report:
             self.notes.append((where, what))
 
     def quantized(self) -> Iterator[LinearRow]:
+        """Rows of the linears that were quantized."""
         return (row for row in self.linears.values() if row.decision == "quantized")
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,6 +131,7 @@ class Report:
         return asdict(self)
 
     def to_json(self) -> str:
+        """The report as JSON text; :meth:`from_json` reads it."""
         return json.dumps(self.as_dict(), indent=1)
 
     @staticmethod

@@ -79,7 +79,7 @@ def replace_linears(model: nn.Module, lowered: Mapping[str, QuantLinear]) -> Non
     Args:
         model: what holds the linears; a linear that it holds under several names is replaced under all.
         lowered: qualified module name -> replacement. A module to be replaced needs a 2-D ``weight``,
-            ``(N, K)`` or, as in GPT-2's ``Conv1D``, ``(K, N)``.
+            ``(N, K)`` or, as in transformers' ``Conv1D``, ``(K, N)``.
 
     Raises:
         ConfigError: if a name has no module or one without such a weight, or if two names of one module

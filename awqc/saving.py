@@ -18,6 +18,7 @@ from awqc.lowering import lower_linear
 from awqc.report import REPORT_FILE
 from awqc.runtime import QuantLinear
 from awqc.source import aliases
+from awqc.views import operand
 
 if TYPE_CHECKING:
     from awqc.compiled import Compilation, CompiledModel
@@ -129,17 +130,12 @@ def _first_stage(graph: fx.Graph, ops: set[Any]) -> tuple[list[fx.Node], fx.Node
     first: Any = None
     for node in graph.nodes:
         if node.op == "call_function" and node.target in ops:
-            x = node.args[0]
-            assert isinstance(x, fx.Node)
+            x: fx.Node = operand(node, 0)
             if first is not None and x is not first:
                 return nodes, x
             first = x
         nodes.append(node)
-    output = nodes.pop().args[0]
-    assert isinstance(output, tuple)
-    result = output[0]
-    assert isinstance(result, fx.Node)
-    return nodes, result
+    return nodes, nodes.pop().all_input_nodes[0]
 
 
 def _attribute(graph: nn.Module, name: str) -> Tensor:

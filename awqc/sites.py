@@ -79,6 +79,7 @@ class Part:
 
     @property
     def parameter(self) -> str:
+        """Name of the parameter that changes."""
         return self.site.parameter
 
 

@@ -33,7 +33,8 @@ def diff_text(before: str, after: str) -> str:
 
 def _line(node: fx.Node) -> str:
     if node.op == "output":
-        return f"return {_value(node.args[0])}"
+        (result,) = node.args
+        return f"return {_value(result)}"
     kind = _type(node.meta.get("val"))
     if node.op == "placeholder":
         return f"{node.name}: {kind} = input"

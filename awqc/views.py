@@ -104,21 +104,25 @@ class Linear:
 
     @property
     def x(self) -> fx.Node:
+        """The input, ``(..., K)``."""
         x = self.node.args[0]
         assert isinstance(x, fx.Node)
         return x
 
     @property
     def bias(self) -> fx.Node | None:
+        """The bias ``(N,)``, or None."""
         bias = operand(self.node, 2, "bias")
         return bias if isinstance(bias, fx.Node) else None
 
     @property
     def out_features(self) -> int:
+        """``N``."""
         return shape(self.node)[-1]
 
     @property
     def in_features(self) -> int:
+        """``K``."""
         return shape(self.x)[-1]
 
     @property
@@ -185,11 +189,13 @@ class QLinear:
 
     @property
     def x(self) -> fx.Node:
+        """The input, ``(..., K)``."""
         x = self.node.args[0]
         assert isinstance(x, fx.Node)
         return x
 
     @property
     def bias(self) -> fx.Node | None:
+        """The bias ``(N,)``, or None."""
         bias = operand(self.node, 4)
         return bias if isinstance(bias, fx.Node) else None

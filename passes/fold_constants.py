@@ -1,6 +1,6 @@
 """Recognize expressions of one parameter that a scale can be folded into.
 
-    e = offset + factor * w     (Gemma's 1 + w)
+    e = offset + factor * w     (norms that multiply by 1 + w)
 
 becomes a site: dividing ``e`` by ``s`` stores ``w' = ((offset + factor * w) / s - offset) / factor``. The
 graph keeps the expression, so a folded checkpoint loads in code that still computes ``1 + w``.

@@ -36,10 +36,12 @@ class CalibrationTokens:
 
     @property
     def samples(self) -> int:
+        """Number of sequences."""
         return self.ids.shape[0]
 
     @property
     def seq_len(self) -> int:
+        """Tokens in each sequence."""
         return self.ids.shape[1]
 
     @property
