@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from awqc.checkpoints.shards import write_json
+from awqc.checkpoints.shards import save_tensors, write_json
 from awqc.checkpoints.tensors import read_header, read_json
 from awqc.errors import CheckpointError
 
@@ -77,7 +77,7 @@ def write_record(directory: Path, record: SearchRecord) -> None:
     }
     write_json(directory / RECORD_FILE, content)
     scales = {name: scale.detach().cpu().clone().contiguous() for name, scale in record.scales.items()}
-    save_file(scales, directory / SCALES_FILE, metadata={"format": "pt"})
+    save_tensors(scales, directory / SCALES_FILE)
 
 
 def read_record(directory: Path) -> SearchRecord | None:

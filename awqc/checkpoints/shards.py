@@ -34,6 +34,15 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file, readable by whom the umask allows: safetensors itself lets only the owner
+    read what it writes."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 def write_sharded(
     directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> int:
@@ -101,7 +110,7 @@ def _write_shard(file: Path, tensors: dict[str, Tensor], needed: int) -> None:
     if shutil.disk_usage(file.parent).free < needed:
         raise DiskFull(needed)
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_tensors(tensors, file)
     except SafetensorError as error:
         if re.search(rf"os error {errno.ENOSPC}\b", str(error)):
             raise DiskFull(needed) from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -114,3 +115,12 @@ def test_another_error_of_the_library(tmp_path: Path, monkeypatch: pytest.Monkey
         f"{tmp_path / 'model-00001.safetensors'} cannot be written: I/O error: Input/output error (os "
         "error 5)"
     )
+
+
+def test_a_shard_is_readable_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_sharded(tmp_path, [("a", torch.zeros(2))])
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o640
