@@ -106,7 +106,8 @@ def test_activations_that_overflow(token_ids: Tensor) -> None:
     assert re.fullmatch(
         r"calibration sample 0 makes '(view|reshape)_\d+', the input of "
         r"'model\.layers\.1\.self_attn\.o_proj', NaN or Inf; the first op to do so is "
-        r"aten\.scaled_dot_product_attention \(scaled_dot_product_attention_1\): check the weights it reads, or leave the sample out",
+        r"aten\.scaled_dot_product_attention \(scaled_dot_product_attention_1\): check the weights it reads, "
+        r"or leave the sample out",
         refusal(NonFiniteError, model, token_ids),
     )
 
