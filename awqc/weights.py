@@ -60,6 +60,7 @@ class Weights:
         self._read = read
         self._changed: dict[str, Tensor | Rounded] = {}
         self._resident: dict[str, Tensor] = {}
+        self._finite: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._resident:
@@ -98,6 +99,9 @@ class Weights:
         not reach this one."""
         copy = Weights(self.names, self._read, dtype, self.device, self.aliases)
         copy._changed = dict(self._changed)
+        copy._finite = self._finite
+        if dtype == self.dtype:
+            copy._resident = dict(self._resident)
         return copy
 
     def _place(self, value: Tensor) -> Tensor:
@@ -106,6 +110,8 @@ class Weights:
         return value.to(self.device)
 
     def _checked(self, name: str, value: Tensor) -> Tensor:
+        if name in self._finite:
+            return value
         # A NaN or Inf anywhere makes the sum non-finite: one pass, and a mask only when in doubt, since
         # sums of finite values can overflow too.
         suspect = value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32)))
@@ -116,4 +122,5 @@ class Weights:
                 f"{tuple(bad[0].tolist())}: the checkpoint is damaged or was trained into overflow; "
                 "repair the weight or use another checkpoint"
             )
+        self._finite.add(name)
         return value
