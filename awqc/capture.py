@@ -6,6 +6,7 @@ refers to them by name. What the traced function computes is then compared with 
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -83,7 +84,8 @@ def capture(
         }
     with evaluation_mode(module), swapped_tensors(module, as_fake), torch.no_grad():
         try:
-            program = torch.export.export(module, (), fake_kwargs, strict=False)
+            with paused_collection():
+                program = torch.export.export(module, (), fake_kwargs, strict=False)
         except Exception as error:
             cause = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
             raise CaptureError(
@@ -154,6 +156,19 @@ def _add_constant(weights: Weights, name: str, value: Any) -> None:
 def _accepted_settings(module: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(module.forward).parameters
     return {k: v for k, v in _SETTINGS.items() if k in parameters}
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """No garbage collection within the block: tracing makes many small objects, all of them alive, and
+    looking through them again and again takes up to a third of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
