@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 #: Output channels on which two ways to quantize one linear are compared, and errors reported.
-GATE_ROWS = 64
+GATE_ROWS = 128
 
 
 def output_loss(error: Tensor, gram: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class SearchScales(Pass):
 
     grid: int = 10
     families: tuple[Literal["activation", "duo"], ...] = ("activation", "duo")
-    sample_rows: int = 16
+    sample_rows: int = 32
     shrinks: tuple[float, ...] = (1.0, 0.84, 0.7)
     rounding: Literal["nearest", "compensated"] = "nearest"
     objective: Literal["linear", "block"] = "linear"
