@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import awqc
-from awqc import CompiledModel, Pipeline, QuantConfig, Report, Scheme
+from awqc import CompiledModel, Pipeline, QuantConfig, QuantizedWeight, Report, Scheme
 from awqc.calibrate import Activations
 from awqc.capture import relative_error
+from awqc.checkpoints.awq import AwqFormat
+from awqc.errors import CheckpointError
 from awqc.passes.clip_weights import ClipWeights
 from awqc.runtime import QuantLinear
 from tests.models import gpt2, llama, qwen2, ragged_llama
@@ -499,6 +503,25 @@ def test_a_checkpoint_is_not_overwritten_unasked(compiled: CompiledModel, tmp_pa
         "pass overwrite=True (--overwrite) to replace it"
     )
     compiled.save(tmp_path / "out", format="awqc", overwrite=True)
+
+
+def test_a_checkpoint_that_does_not_read_back_is_noticed(
+    compiled: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the packing of a format were wrong."""
+    encode = AwqFormat.encode
+
+    def transposed(self: AwqFormat, name: str, weight: QuantizedWeight) -> Any:
+        return encode(self, name, replace(weight, codes=weight.codes.flip(0)))
+
+    monkeypatch.setattr(AwqFormat, "encode", transposed)
+    with pytest.raises(CheckpointError) as caught:
+        compiled.save(tmp_path / "out")
+    assert re.fullmatch(
+        rf"{re.escape(str(tmp_path / 'out'))} does not read back as the model that was saved: its first "
+        r"stage differs by \d\.\de[+-]\d\d \(rounding explains 6\.2e-02\); do not use it, and report this",
+        str(caught.value),
+    )
 
 
 def test_a_format_that_cannot_carry_the_scheme(

@@ -56,17 +56,18 @@ def test_it_lowers_the_final_error() -> None:
 
 def test_a_linear_keeps_its_full_range_where_held_out_tokens_say_so() -> None:
     def only_the_largest(graph: Graph, context: Context) -> None:
-        """Held-out tokens that see nothing but the columns that clipping cuts most."""
+        """Held-out tokens see nothing but the columns that clipping cuts most, search tokens all others."""
         assert context.stage is not None
         for observer in context.stage.observers:
             (view,) = observer.linears
             weight = view.weight(graph.weights[view.parameter])
             energy = torch.zeros(weight.shape[1])
             energy[weight.abs().amax(0).topk(3).indices] = 1.0
-            graph.facts[Statistics][observer.node].held_out.copy_(torch.diag(energy))
+            statistics = graph.facts[Statistics][observer.node]
+            statistics.gram.copy_(torch.diag(1 - energy))
+            statistics.held_out.copy_(torch.diag(energy))
 
-    # Clipping for the sake of the other columns: a ladder of the extreme alone.
-    grids, rows, _ = clipped(Look(only_the_largest), shrinks=(1.0, 0.3))
+    grids, rows, _ = clipped(Look(only_the_largest))
     module = Mlp()
     assert rows["up.weight"].clipped == 0.0
     want = minmax_grid(module.up.weight.detach(), Scheme(2, 16))

@@ -142,7 +142,11 @@ class Break(Look):
 
 @pytest.mark.parametrize(
     ("parameter", "tensor"),
-    [("up.weight", "linear_1"), ("router.weight", "linear"), ("down.weight", "linear_2")],
+    [
+        ("up.weight", "linear_1"),
+        ("router.weight", "linear"),
+        ("down.weight", "linear_2"),
+    ],
 )
 def test_a_wrong_group_stops_the_compile_and_is_named(parameter: str, tensor: str) -> None:
     """Also where the reader that is wrong is none of the stage's own linears and ran before them."""
@@ -156,6 +160,39 @@ def test_a_wrong_group_stops_the_compile_and_is_named(parameter: str, tensor: st
     assert message.endswith("); leave it out with AWQC_SKIP=fold-scales to go on")
     size = float(message.split(" by ")[1].split(" ")[0])
     assert size > 0.1
+
+
+class Fused(nn.Module):
+    """Of a fused gate and up, the rows behind silu cannot be scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_up, self.down = nn.Linear(32, 64), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return x + self.down(nn.functional.silu(gate) * up)
+
+
+def test_a_fused_producer_is_folded_in_part() -> None:
+    graph, _ = run(Fused(), samples(2), *FOLD)
+    (group,) = graph.facts[ScaleGroups]
+    changed = graph.weights["gate_up.weight"] != Fused().gate_up.weight
+    assert not changed[:32].any()
+    assert torch.equal(changed[32:].any(1), chosen(group)[32:] != 1)
+
+
+def test_a_reader_that_is_no_linear_and_ran_before_the_stage_is_checked() -> None:
+    """The gate's rows divided like those of up: silu notices, which no linear sees before it is run again."""
+
+    def divide_the_gate_too(graph: Graph, context: Context) -> None:
+        (group,) = graph.facts[ScaleGroups]
+        wrong = [replace(p, ids=torch.where(p.ids < 0, p.ids.roll(32, 0), p.ids)) for p in group.producers]
+        graph.facts[ScaleGroups].groups[0] = replace(group, producers=tuple(wrong))
+
+    with pytest.raises(VerifyError, match=r"^pass 'fold-scales' promises .* but changed tensor 'silu' by "):
+        run(Fused(), samples(2), *FOLD[:3], Break(divide_the_gate_too), *FOLD[3:])
 
 
 def test_a_wrong_group_goes_unnoticed_without_checks() -> None:
