@@ -19,6 +19,7 @@ from awqc.errors import NonFiniteError
 from awqc.flow import op_name
 from awqc.graph import Env, Graph, execute
 from awqc.groups import ScaleGroup, ScaleGroups
+from awqc.products import propagation_dtype, rounded_linears
 from awqc.views import Linear, linears
 from awqc.weights import Weights
 
@@ -211,6 +212,10 @@ class Activations:
         #: nodes that weights alone determine: computed anew wherever they are read
         self.weight_only = weight_only(self.graph)
         self._static: Env = {}
+        weights = self.graph.weights
+        self._dtype = propagation_dtype(self.context.config.propagate_dtype, weights.dtype, weights.device)
+        if self._dtype is not None:
+            self.context.report.note("calibration", f"tokens move through products in {self._dtype}")
         self._position = 0
         self._run_static()
         self.samples = [
@@ -284,9 +289,10 @@ class Activations:
         before = {operand for n in run for operand in n.all_input_nodes if operand in self.weight_only}
         run = sorted({*run, *_missing(before, {}, self._order)}, key=self._order.__getitem__)
         keep = self._live(end)
+        calls = rounded_linears(run, self._dtype)
         for index, sample in enumerate(self.samples):
             env = {**self._static, **sample}
-            execute(run, env, self.graph.weights, keep=None if index == 0 else keep)
+            execute(run, env, self.graph.weights, keep=None if index == 0 else keep, calls=calls)
             if index == 0:
                 self.history.update({n: env[n] for n in (*sample, *run) if n not in self.weight_only})
             self.samples[index] = {n: env[n] for n in keep if n not in self._static}

@@ -10,6 +10,7 @@ from awqc.errors import ConfigError
 from awqc.quantized import Scheme
 
 Propagate = Literal["quantized", "float"]
+PropagateDtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class QuantConfig:
         zero_point: asymmetric groups (True) or symmetric ones.
         propagate: what later stages see while they are calibrated: the outputs of the quantized stages
             before them, or those of the float model.
+        propagate_dtype: precision of the matrix products that compute what later stages see; ``auto`` is
+            bfloat16 where the device multiplies it faster. Statistics are float32 always.
         keep: linears to leave in float, by name or shell-style pattern (``"*.down_proj"``).
         quantize_head: also quantize the linear that computes the model's output.
         seed: of everything random.
@@ -34,6 +37,7 @@ class QuantConfig:
     group_size: int = 128
     zero_point: bool = True
     propagate: Propagate = "quantized"
+    propagate_dtype: PropagateDtype = "auto"
     keep: tuple[str, ...] = ()
     quantize_head: bool = False
     seed: int = 0
@@ -42,6 +46,10 @@ class QuantConfig:
         Scheme(self.bits, self.group_size, self.zero_point)
         if self.propagate not in get_args(Propagate):
             raise ConfigError(f"propagate={self.propagate!r}: choose 'quantized' or 'float'")
+        if self.propagate_dtype not in get_args(PropagateDtype):
+            raise ConfigError(
+                f"propagate_dtype={self.propagate_dtype!r}: choose 'auto', 'float32' or 'bfloat16'"
+            )
 
     @property
     def scheme(self) -> Scheme:

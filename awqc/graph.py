@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -155,6 +156,7 @@ def execute(
     weights: Weights | Mapping[str, Tensor],
     keep: Iterable[fx.Node] | None = None,
     tap: Callable[[fx.Node, Any], None] | None = None,
+    calls: Mapping[fx.Node, Callable[..., Any]] = MappingProxyType({}),
 ) -> None:
     """Run ``nodes`` in order, reading and writing values in ``env``.
 
@@ -165,6 +167,7 @@ def execute(
         keep: nodes whose values must remain; all others of ``nodes`` are freed after their last use
             within the slice. None keeps everything.
         tap: called with every node and its value right after it is computed.
+        calls: what to call for a node instead of its op.
     """
     nodes = [n for n in nodes if n.op == "call_function"]
     last: dict[fx.Node, fx.Node] = {}
@@ -185,7 +188,8 @@ def execute(
         for node in nodes:
             args = map_arg(node.args, value)
             kwargs = map_arg(node.kwargs, value)
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            call: Any = calls.get(node, node.target)
+            env[node] = call(*args, **kwargs)
             if tap is not None:
                 tap(node, env[node])
             if keep is not None:

@@ -74,6 +74,14 @@ def compile(
             rich_help_panel=_CALIBRATION,
         ),
     ] = "quantized",
+    propagate_dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="Precision of the products that compute what later layers see: auto, float32 or bfloat16.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = "auto",
     max_calib_samples: Annotated[
         int, typer.Option(help="Sequences at most.", rich_help_panel=_CALIBRATION)
     ] = 128,
@@ -139,6 +147,7 @@ def compile(
             group_size,
             zero_point,
             propagate,  # type: ignore[arg-type]  # checked by QuantConfig itself
+            propagate_dtype,  # type: ignore[arg-type]
             tuple(keep or ()),
             quantize_head,
             seed,

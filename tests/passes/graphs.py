@@ -68,7 +68,8 @@ def graph_of(module: nn.Module, **inputs: Tensor) -> Graph:
 
 
 def context_of(batches: list[dict[str, Tensor]], **options: Any) -> Context:
-    return Context(QuantConfig(**{"group_size": 16, **options}), batches)
+    # float32 throughout: what tests compare with is computed so.
+    return Context(QuantConfig(**{"group_size": 16, "propagate_dtype": "float32", **options}), batches)
 
 
 def run(
