@@ -10,9 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from awqc.checkpoints import open_checkpoint
 from awqc.errors import CheckpointError, ConfigError
+
+#: What modules call to draw initial values.
+_RANDOM = frozenset(
+    name
+    for name in (*dir(nn.init), "random_", "bernoulli_", "exponential_", "log_normal_")
+    if name.endswith("_") and not name.endswith("__")
+)
 
 
 @dataclass
@@ -178,7 +186,7 @@ def skeleton(path: Path) -> nn.Module:
     architecture = next(iter(config.architectures or ()), None)
     cls = getattr(transformers, architecture or "", None) or transformers.AutoModelForCausalLM
     # Buffers are small and not all of them are stored in the files, so they are computed for real.
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _NoRandomValues():
         build = getattr(cls, "_from_config", None) or cls.from_config
         module = build(config, dtype=torch.float32)
     if hasattr(module, "tie_weights"):
@@ -187,6 +195,20 @@ def skeleton(path: Path) -> nn.Module:
         # Where a chat model ends its turns, among other things.
         module.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return module.eval()
+
+
+class _NoRandomValues(TorchFunctionMode):
+    """Drawing random values for a tensor without storage does nothing: torch takes milliseconds for it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _RANDOM:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def from_directory(path: Path) -> ModelSource:
