@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
-from awqc.calibrate import Activations
+from awqc.activations import Activations
 from awqc.graph import Graph
 from awqc.views import Linear, linear
 from awqc.weights import Weights

@@ -12,7 +12,7 @@ from awqc.config import QuantConfig
 from awqc.report import Report
 
 if TYPE_CHECKING:
-    from awqc.calibrate import Stage
+    from awqc.stages import Stage
     from awqc.verify import Probe
 
 T = TypeVar("T")

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import ClassVar, Literal
 
-from awqc.calibrate import Activations, Stage, Stages
+from awqc.activations import Activations
 from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
 from awqc.graph import Graph
+from awqc.stages import Stage, Stages
 from awqc.text import diff_text
 from awqc.verify import StageCheck, check_equal
 

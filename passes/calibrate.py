@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from awqc.calibrate import Activations, Observers, Stages, Statistics
+from awqc.activations import Activations
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.loss import GATE_ROWS, output_loss
 from awqc.pipeline import Pass
 from awqc.quantized import minmax_grid, sample_rows
 from awqc.schemes import Schemes
+from awqc.stages import Observers, Stages
+from awqc.statistics import Statistics
 
 
 @dataclass(frozen=True)

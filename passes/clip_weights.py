@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from awqc.calibrate import Statistics
 from awqc.clipping import SHRINKS, clipped_grid
 from awqc.context import Context
 from awqc.graph import Graph
@@ -18,6 +17,7 @@ from awqc.loss import GATE_ROWS, gram_blocks, output_loss
 from awqc.pipeline import Pass
 from awqc.quantized import minmax_grid, sample_rows
 from awqc.schemes import Schemes
+from awqc.statistics import Statistics
 
 
 @dataclass(frozen=True)

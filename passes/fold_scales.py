@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from awqc.calibrate import Activations, Statistics
+from awqc.activations import Activations
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.pipeline import Pass
 from awqc.scales import FoldedScales, Scales
+from awqc.statistics import Statistics
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from awqc.calibrate import Observers, Stages, place_observers, split_stages
 from awqc.config import QuantConfig
 from awqc.context import Context
 from awqc.errors import ConfigError
@@ -19,6 +18,7 @@ from awqc.groups import ScaleGroups
 from awqc.pipeline import Pass
 from awqc.report import GroupRow, LinearRow
 from awqc.schemes import Schemes
+from awqc.stages import Observers, Stages, place_observers, split_stages
 from awqc.views import Linear, linears
 
 

@@ -13,7 +13,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from awqc.calibrate import InputStatistics, Statistics
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
@@ -22,6 +21,7 @@ from awqc.pipeline import Pass
 from awqc.quantized import Grid, Scheme, from_codes, minmax_grid, sample_rows
 from awqc.rounding import ColumnGrid, compensated_codes, descend, feedback, in_place, visiting_order
 from awqc.schemes import Schemes
+from awqc.statistics import InputStatistics, Statistics
 from awqc.views import Linear
 from awqc.weights import Rounded
 

@@ -23,8 +23,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from awqc.activations import Activations
 from awqc.block_objective import BlockObjective
-from awqc.calibrate import Activations, InputStatistics, Observer, Statistics
 from awqc.clipping import clipped_grid
 from awqc.context import Context
 from awqc.graph import Graph
@@ -35,6 +35,8 @@ from awqc.quantized import Scheme, sample_rows
 from awqc.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
 from awqc.scales import Scales
 from awqc.schemes import Schemes
+from awqc.stages import Observer
+from awqc.statistics import InputStatistics, Statistics
 from awqc.views import Linear
 
 Candidate = tuple[str, float, Tensor]

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 import awqc
 from awqc import CompiledModel, Pipeline, QuantConfig, QuantizedWeight, Report, Scheme
-from awqc.calibrate import Activations
+from awqc.activations import Activations
 from awqc.capture import relative_error
 from awqc.checkpoints.awq import AwqFormat
 from awqc.errors import CheckpointError

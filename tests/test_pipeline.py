@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from awqc import pipeline as module
-from awqc.calibrate import Stages
 from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
@@ -28,6 +27,7 @@ from awqc.passes.round_weights import RoundWeights
 from awqc.passes.search_scales import SearchScales
 from awqc.pipeline import Pass, Pipeline, third_party_passes
 from awqc.scales import Scales
+from awqc.stages import Stages
 from awqc.views import linears
 from tests.passes.graphs import ANALYSIS, OBSERVED, Look, Mlp, context_of, graph_of, run, samples
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from awqc import products
-from awqc.calibrate import Statistics
 from awqc.graph import Graph
 from awqc.passes.round_weights import RoundWeights
 from awqc.products import RoundedLinear, propagation_dtype, rounded_linears
+from awqc.statistics import Statistics
 from tests.passes.graphs import OBSERVED, Look, Mlp, graph_of, run, samples
 
 CPU = torch.device("cpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from awqc.calibrate import Statistics
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
@@ -13,6 +12,7 @@ from awqc.passes.round_weights import RoundWeights
 from awqc.quantized import Scheme, minmax_grid
 from awqc.report import LinearRow
 from awqc.schemes import Schemes
+from awqc.statistics import Statistics
 from tests.passes.graphs import OBSERVED, Look, Mlp, run, samples
 
 

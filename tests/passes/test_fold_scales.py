@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awqc.calibrate import Activations, Stages, Statistics
+from awqc.activations import Activations
 from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
@@ -19,6 +19,8 @@ from awqc.passes.fold_scales import FoldScales
 from awqc.passes.round_weights import RoundWeights
 from awqc.pipeline import Pipeline
 from awqc.scales import Scales
+from awqc.stages import Stages
+from awqc.statistics import Statistics
 from tests.passes.graphs import OBSERVED, Look, Mlp, context_of, graph_of, run, samples
 
 

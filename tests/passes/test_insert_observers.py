@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from awqc.calibrate import Observers, Stages
 from awqc.errors import ConfigError
 from awqc.quantized import Scheme
 from awqc.schemes import Schemes
+from awqc.stages import Observers, Stages
 from tests.passes.graphs import ANALYSIS, Mlp, run, samples
 
 

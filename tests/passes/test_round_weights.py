@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from awqc.calibrate import Statistics
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
@@ -18,6 +17,7 @@ from awqc.passes.round_weights import RoundWeights
 from awqc.quantized import Scheme, quantize
 from awqc.report import LinearRow
 from awqc.schemes import Schemes
+from awqc.statistics import Statistics
 from tests.passes.graphs import OBSERVED, Look, Mlp, run, samples
 
 EPS = torch.finfo(torch.float32).eps

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awqc.calibrate import Statistics
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.groups import ScaleGroups
@@ -17,6 +16,7 @@ from awqc.passes.round_weights import RoundWeights
 from awqc.passes.search_scales import SearchScales
 from awqc.report import GroupRow
 from awqc.scales import Scales
+from awqc.statistics import Statistics
 from tests.passes.graphs import OBSERVED, Look, Mlp, run, samples
 
 #: Channels of the norm that are made large, the columns that read them small.

@@ -8,7 +8,7 @@ only then do the tokens move on through the new weights. Nothing is ever run twi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -20,173 +20,10 @@ from awqc.flow import op_name
 from awqc.graph import Env, Graph, execute
 from awqc.groups import ScaleGroup, ScaleGroups
 from awqc.products import propagation_dtype, rounded_linears
-from awqc.views import Linear, linears
+from awqc.stages import Observer, Stage, Stages
+from awqc.statistics import InputStatistics, Statistics, split_sample
+from awqc.views import linears
 from awqc.weights import Weights
-
-#: One sample in this many is held out from every search, to judge what the search proposes.
-HELD_OUT_EVERY = 8
-#: Width of the column blocks of which only the upper triangle of a Gram matrix is computed.
-_GRAM_BLOCK = 256
-
-
-@dataclass(frozen=True)
-class Observer:
-    """An activation ``(..., K)`` that quantizable linears read.
-
-    Args:
-        node: what computes it.
-        linears: the linears that read it, in execution order.
-        group: the scale group whose scale divides it, if any.
-    """
-
-    node: fx.Node
-    linears: tuple[Linear, ...]
-    group: ScaleGroup | None
-
-    @property
-    def name(self) -> str:
-        """The first linear's name: what the report calls this activation."""
-        return self.linears[0].name
-
-
-@dataclass(frozen=True)
-class Observers:
-    """All observed activations in execution order."""
-
-    observers: tuple[Observer, ...]
-
-    def __iter__(self) -> Iterator[Observer]:
-        return iter(self.observers)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Nodes ``[start, end)`` of the graph and the activations that its linears read."""
-
-    index: int
-    start: int
-    end: int
-    observers: tuple[Observer, ...]
-
-    @property
-    def linears(self) -> list[Linear]:
-        """All linears of the stage, in the order of their observers."""
-        return [view for observer in self.observers for view in observer.linears]
-
-    @property
-    def groups(self) -> list[ScaleGroup]:
-        """The distinct scale groups of the stage's activations."""
-        unique = {id(o.group): o.group for o in self.observers if o.group is not None}
-        return list(unique.values())
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The stages of a graph in execution order."""
-
-    stages: tuple[Stage, ...]
-
-    def __iter__(self) -> Iterator[Stage]:
-        return iter(self.stages)
-
-
-def place_observers(graph: Graph, kept: Mapping[str, str]) -> Observers:
-    """One observer for every distinct activation that a linear not in ``kept`` reads."""
-    groups = graph.facts[ScaleGroups]
-    readers: dict[fx.Node, list[Linear]] = {}
-    seen: set[str] = set()
-    for view in linears(graph):
-        if view.parameter not in kept and view.parameter not in seen:
-            seen.add(view.parameter)
-            readers.setdefault(view.input, []).append(view)
-    return Observers(tuple(Observer(n, tuple(vs), groups.of(vs[0].parameter)) for n, vs in readers.items()))
-
-
-def split_stages(graph: Graph, observers: Observers) -> Stages:
-    """Cut the graph where a stage's first linear runs; inputs of one group belong to one stage."""
-    order = graph.order()
-    by_group: dict[int, list[Observer]] = {}
-    for observer in observers:
-        key = id(observer.group) if observer.group is not None else id(observer)
-        by_group.setdefault(key, []).append(observer)
-    starts = sorted(
-        (min(order[view.node] for o in members for view in o.linears), members)
-        for members in by_group.values()
-    )
-    ends = [start for start, _ in starts[1:]] + [order[graph.output]]
-    return Stages(
-        tuple(
-            Stage(i, start, end, tuple(members))
-            for i, ((start, members), end) in enumerate(zip(starts, ends, strict=True))
-        )
-    )
-
-
-@dataclass
-class InputStatistics:
-    """What is known of one activation ``x`` over the calibration tokens.
-
-    Args:
-        gram: ``(K, K)`` sum of ``x x^T`` over the tokens that searches may use, float32.
-        held_out: ``(K, K)`` the same over tokens that searches never see.
-        mean_abs: ``(K,)`` mean of ``|x|`` over the search tokens.
-        tokens, held_out_tokens: how many of each.
-    """
-
-    gram: Tensor
-    held_out: Tensor
-    mean_abs: Tensor
-    tokens: int = 0
-    held_out_tokens: int = 0
-
-    @staticmethod
-    def empty(width: int, device: torch.device) -> InputStatistics:
-        """Sums over no tokens of an activation of ``width`` channels."""
-
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float32, device=device)
-
-        return InputStatistics(zeros(width, width), zeros(width, width), zeros(width))
-
-    def add(self, x: Tensor, held_out: bool) -> None:
-        """Account for activations ``(tokens, K)``."""
-        x = x.float()
-        if held_out:
-            _add_gram(self.held_out, x)
-            self.held_out_tokens += len(x)
-        else:
-            _add_gram(self.gram, x)
-            self.mean_abs += x.abs().sum(0)
-            self.tokens += len(x)
-
-    def finish(self) -> None:
-        """Complete the symmetric halves and turn sums into means."""
-        for gram in (self.gram, self.held_out):
-            for i in range(_GRAM_BLOCK, len(gram), _GRAM_BLOCK):
-                gram[i:, i - _GRAM_BLOCK : i] = gram[i - _GRAM_BLOCK : i, i:].T
-        self.mean_abs /= max(self.tokens, 1)
-
-    def fold(self, divisor: Tensor) -> None:
-        """The statistics of ``x / divisor``: ``H -> diag(1/s) H diag(1/s)``, exact."""
-        for gram in (self.gram, self.held_out):
-            gram.div_(divisor[:, None]).div_(divisor)
-        self.mean_abs /= divisor
-
-
-def _add_gram(gram: Tensor, x: Tensor) -> None:
-    for i in range(0, len(gram), _GRAM_BLOCK):
-        gram[i : i + _GRAM_BLOCK, i:].addmm_(x[:, i : i + _GRAM_BLOCK].T, x[:, i:])
-
-
-class Statistics(dict[fx.Node, InputStatistics]):
-    """Statistics of a stage's activations, by observed node."""
-
-    def fold(self, group: ScaleGroup, scales: Tensor) -> None:
-        """Follow the fold of ``scales`` into ``group``."""
-        for node, statistics in self.items():
-            divisor = group.scale_of(node, scales)
-            if divisor is not None:
-                statistics.fold(divisor.reshape(-1).expand(statistics.mean_abs.shape).float())
 
 
 @dataclass
@@ -244,7 +81,7 @@ class Activations:
             values = self.evaluate(nodes, sample)
             for node in nodes:
                 x = values[node].reshape(-1, statistics[node].mean_abs.shape[0])
-                for rows, held_out in _split(x, index, len(self.samples)):
+                for rows, held_out in split_sample(x, index, len(self.samples)):
                     statistics[node].add(rows, held_out)
         for observer in stage.observers:
             found = statistics[observer.node]
@@ -386,12 +223,3 @@ def _missing(wanted: Iterable[fx.Node], env: Env, order: Mapping[fx.Node, int]) 
         needed.add(node)
         queue.extend(node.all_input_nodes)
     return sorted(needed, key=order.__getitem__)
-
-
-def _split(x: Tensor, index: int, count: int) -> Sequence[tuple[Tensor, bool]]:
-    """Rows of one sample with whether they are held out; a lone sample gives up its last rows."""
-    if count == 1:
-        cut = max(1, len(x) - max(1, len(x) // HELD_OUT_EVERY))
-        return [(x[:cut], False), (x[cut:], True)] if cut < len(x) else [(x, False), (x, True)]
-    every = min(HELD_OUT_EVERY, count)
-    return [(x, index % every == every - 1)]

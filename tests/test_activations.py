@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from awqc import calibrate
-from awqc.calibrate import HELD_OUT_EVERY, Activations, InputStatistics, Stages, Statistics
+import awqc.activations
+from awqc.activations import Activations
 from awqc.context import Context
 from awqc.errors import NonFiniteError
 from awqc.graph import Graph
@@ -19,6 +19,8 @@ from awqc.passes.calibrate import Calibrate
 from awqc.passes.round_weights import RoundWeights
 from awqc.pipeline import Pipeline
 from awqc.schemes import Schemes
+from awqc.stages import Stages
+from awqc.statistics import HELD_OUT_EVERY, InputStatistics, Statistics
 from tests.passes.graphs import ANALYSIS, OBSERVED, Look, Mlp, context_of, graph_of, run, samples
 
 EPS = torch.finfo(torch.float32).eps
@@ -131,14 +133,14 @@ def test_every_op_runs_once_for_every_sample(monkeypatch: pytest.MonkeyPatch) ->
     graph, context = graph_of(TwoBlocks(), **batches[0]), context_of(batches)
     Pipeline(ANALYSIS).run(graph, context)
     runs: Counter[str] = Counter()
-    execute = calibrate.execute
+    execute = awqc.activations.execute
 
     def counting(nodes: Any, *args: Any, **kwargs: Any) -> None:
         nodes = list(nodes)
         runs.update(n.name for n in nodes if n.op == "call_function")
         execute(nodes, *args, **kwargs)
 
-    monkeypatch.setattr(calibrate, "execute", counting)
+    monkeypatch.setattr(awqc.activations, "execute", counting)
     activations = Activations(graph, graph.facts[Stages], context)
     for stage in graph.facts[Stages]:
         activations.observe(stage)
