@@ -320,7 +320,7 @@ def _moves_only(node: fx.Node) -> bool:
 def _invert(site: Site, chain: list[fx.Node], wanted: Scaled) -> Scaled | None:
     """Ids of the site such that the movements of ``chain`` (outermost first) turn them into ``wanted``."""
     if all(is_transpose(node) for node in chain):
-        return Scaled(compact(wanted.ids.t() if len(chain) % 2 else wanted.ids), wanted.degree)
+        return Scaled(compact(wanted.ids.mT if len(chain) % 2 else wanted.ids), wanted.degree)
     size = shape(site.node)
     count = int(torch.Size(size).numel())
     if count > _LARGEST_INVERSE or wanted.ids.numel() > _LARGEST_INVERSE:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, fx
 
 from awqc.graph import Graph
+from awqc.grouped import split_rows
 
 aten = torch.ops.aten
 
+#: Rows sorted by expert times the weights of the experts.
+GROUPED_LINEAR = torch.ops.awqc.grouped_linear.default
 #: What a ``get_attr`` node reads, as ``meta["role"]``; a parameter unless it says otherwise.
 PARAMETER, BUFFER, CONSTANT = "parameter", "buffer", "constant"
 #: Ops whose only operand, when it is two-dimensional, comes out transposed.
-_TRANSPOSES = (aten.t.default, aten.numpy_T.default, aten.mT.default)
+_TRANSPOSES = (aten.t.default, aten.numpy_T.default)
 #: Ops that keep the values of every last-dimension vector and only regroup the leading dimensions.
 REGROUPS = (
     aten.view.default,
@@ -63,24 +66,28 @@ def is_parameter(node: fx.Node) -> bool:
     return node.op == "get_attr" and node.meta.get("role", PARAMETER) == PARAMETER
 
 
-def weight_behind(node: fx.Node) -> tuple[fx.Node, bool] | None:
-    """The two-dimensional parameter that ``node`` is, and whether ``node`` is its transpose; or None."""
+def weight_behind(node: fx.Node, ndim: int = 2) -> tuple[fx.Node, bool] | None:
+    """The parameter of ``ndim`` axes behind ``node``, and whether ``node`` is its transpose, or None."""
     transposed = is_transpose(node)
     attr = node.args[0] if transposed else node
-    if not isinstance(attr, fx.Node) or not is_parameter(attr) or len(shape(attr)) != 2:
+    if not isinstance(attr, fx.Node) or not is_parameter(attr) or len(shape(attr)) != ndim:
         return None
     return attr, transposed
 
 
 def is_transpose(node: fx.Node) -> bool:
-    """Whether ``node`` transposes a two-dimensional tensor."""
-    if node.op != "call_function" or len(shape(node)) != 2:
+    """Whether ``node`` swaps the last two dimensions of its operand and leaves the others in place."""
+    if node.op != "call_function" or not isinstance(node.meta["val"], Tensor):
+        return False
+    ndim = len(shape(node))
+    if ndim < 2:
         return False
     if node.target is aten.permute.default:
-        return [dim % 2 for dim in operand(node, 1, "dims")] == [1, 0]
+        order = [dim % ndim for dim in operand(node, 1, "dims")]
+        return order == [*range(ndim - 2), ndim - 1, ndim - 2]
     if node.target in (aten.transpose.int, aten.swapaxes.default):
-        return operand(node, 1) % 2 != operand(node, 2) % 2
-    return node.target in _TRANSPOSES
+        return {operand(node, 1) % ndim, operand(node, 2) % ndim} == {ndim - 2, ndim - 1}
+    return node.target is aten.mT.default or (ndim == 2 and node.target in _TRANSPOSES)
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,90 @@ def linears(graph: Graph) -> Iterator[Linear]:
     for node in graph.fx.nodes:
         if node.op == "call_function":
             view = linear(node)
+            if view is not None:
+                yield view
+
+
+@dataclass(frozen=True)
+class ExpertLinear:
+    """The linears of all experts in one call, on a weight that stacks theirs.
+
+    Either ``awqc.grouped_linear(x, W, offsets)`` on rows sorted by expert, ``x`` (S, K), or
+    ``aten.bmm(x, permute(W))`` on a block of rows for each expert, ``x`` (E, T, K).
+
+    Args:
+        node: the call; (S, N) or (E, T, N).
+        parameter: name of the weight.
+        transposed: True if the parameter is stored ``(E, K, N)``, False for ``(E, N, K)``.
+    """
+
+    node: fx.Node
+    parameter: str
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        """The parameter's name without ``.weight``."""
+        return self.parameter.removesuffix(".weight")
+
+    @property
+    def x(self) -> fx.Node:
+        """The input, ``(S, K)`` or ``(E, T, K)``."""
+        x = self.node.args[0]
+        assert isinstance(x, fx.Node)
+        return x
+
+    @property
+    def offsets(self) -> fx.Node | None:
+        """``(E,)``, the first row after those of each expert; None if ``x`` has a block for each."""
+        offsets = operand(self.node, 2) if self.node.target is GROUPED_LINEAR else None
+        return offsets if isinstance(offsets, fx.Node) else None
+
+    @property
+    def count(self) -> int:
+        """``E``, the number of experts."""
+        weight = self.node.args[1]
+        assert isinstance(weight, fx.Node)
+        return shape(weight)[0]
+
+    @property
+    def out_features(self) -> int:
+        """``N``."""
+        return shape(self.node)[-1]
+
+    @property
+    def in_features(self) -> int:
+        """``K``."""
+        return shape(self.x)[-1]
+
+    def weight(self, stored: Tensor) -> Tensor:
+        """The ``(E, N, K)`` weight for the parameter as it is stored."""
+        return stored.mT if self.transposed else stored
+
+    def rows(self, x: Tensor, offsets: Tensor | None) -> list[Tensor]:
+        """The inputs of each expert, E views ``(n_e, K)``, given the values of :attr:`x` and
+        :attr:`offsets`."""
+        return list(x) if offsets is None else split_rows(x, offsets)
+
+
+def expert_linear(node: fx.Node) -> ExpertLinear | None:
+    """``node`` as an :class:`ExpertLinear` over a parameter, or None."""
+    if node.target not in (GROUPED_LINEAR, aten.bmm.default):
+        return None
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    found = weight_behind(weight, 3)
+    if found is None:
+        return None
+    attr, permuted = found
+    return ExpertLinear(node, str(attr.target), permuted == (node.target is GROUPED_LINEAR))
+
+
+def expert_linears(graph: Graph) -> Iterator[ExpertLinear]:
+    """All linears of experts over a parameter, in execution order."""
+    for node in graph.fx.nodes:
+        if node.op == "call_function":
+            view = expert_linear(node)
             if view is not None:
                 yield view
 

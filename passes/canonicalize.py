@@ -3,10 +3,13 @@
     addmm(b, x, W)  with W (K, N)   ->  linear(x, permute(W), b)
     mm/matmul(x, W)                 ->  linear(x, permute(W))
     matmul(x, permute(W))           ->  linear(x, W)
+    matmul(x, W)  with W (E, K, N)  ->  bmm(x, W)                                      x (E, T, K)
+    grouped_mm(x, W, offsets)       ->  awqc.grouped_linear(x, permute(W), offsets)    x (S, K), W (E, K, N)
     to(x, dtype of x), alias, detach ->  x
     _assert_tensor_metadata(...)    ->  (gone)
 
-``W`` must be a parameter (or its transpose) and two-dimensional: then ``x @ W`` is the linear it says.
+``W`` must be a parameter (or its transpose): then ``x @ W`` is the linear it says, or those of several
+experts.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from awqc.context import Context
 from awqc.functional import bases, written
 from awqc.graph import Graph
 from awqc.pipeline import Pass
-from awqc.views import dtype, operand, shape, weight_behind
+from awqc.views import GROUPED_LINEAR, dtype, is_transpose, operand, shape, weight_behind
 
 aten = torch.ops.aten
 
@@ -53,6 +56,8 @@ class Canonicalize(Pass):
                 graph.fx.erase_node(node)
             elif node.target in (aten.addmm.default, aten.mm.default, aten.matmul.default):
                 _to_linear(graph.fx, node)
+            elif _is_grouped(node):
+                _to_grouped_linear(graph.fx, node)
         _merge_weight_expressions(graph)
         graph.fx.eliminate_dead_code()
         graph.changed()
@@ -82,6 +87,9 @@ def _to_linear(nodes: fx.Graph, node: fx.Node) -> None:
             return
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or len(shape(x)) < 2:
         return
+    if len(shape(x)) == 3 and weight_behind(weight, 3) is not None and shape(x)[0] == shape(weight)[0]:
+        node.target = aten.bmm.default
+        return
     found = weight_behind(weight)
     if found is None:
         return
@@ -95,10 +103,34 @@ def _to_linear(nodes: fx.Graph, node: fx.Node) -> None:
 
 
 def _transpose(nodes: fx.Graph, weight: fx.Node) -> fx.Node:
-    """``weight`` (K, N) as the (N, K) that ``linear`` takes."""
-    node = nodes.call_function(aten.permute.default, (weight, [1, 0]))
-    node.meta["val"] = weight.meta["val"].t()
+    """``weight`` (..., K, N) as the (..., N, K) that linears take."""
+    last = len(shape(weight)) - 1
+    node = nodes.call_function(aten.permute.default, (weight, [*range(last - 1), last, last - 1]))
+    node.meta["val"] = weight.meta["val"].mT
     return node
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    """Whether ``node`` multiplies rows sorted by expert with a stack of weights ``(E, K, N)``."""
+    if node.target is aten._grouped_mm.default:
+        extras = [operand(node, 3, "bias"), operand(node, 4, "out_dtype")]
+        operands = (operand(node, 0), operand(node, 1), operand(node, 2, "offs"))
+        if extras != [None, None] or not all(isinstance(n, fx.Node) for n in operands):
+            return False
+        return [len(shape(n)) for n in operands] == [2, 3, 1]
+    # Holds the same place where the library's own op does not run; known by name, since it is only there
+    # once the library that registers it is imported.
+    return str(node.target) == "transformers.grouped_mm_fallback.default"
+
+
+def _to_grouped_linear(nodes: fx.Graph, node: fx.Node) -> None:
+    x, weight, offsets = operand(node, 0), operand(node, 1), operand(node, 2, "offs")
+    with nodes.inserting_before(node):
+        stored = operand(weight, 0) if is_transpose(weight) else _transpose(nodes, weight)
+        new = nodes.call_function(GROUPED_LINEAR, (x, stored, offsets))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    nodes.erase_node(node)
 
 
 def _merge_weight_expressions(graph: Graph) -> None:

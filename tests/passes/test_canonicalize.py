@@ -73,7 +73,8 @@ def test_a_module_that_stores_its_weight_transposed() -> None:
 
 UNTOUCHED = {
     "two activations": (lambda m, x: x @ x.transpose(1, 2), "aten.matmul"),
-    "a batch of weights": (lambda m, x: x @ m.e, "aten.matmul"),
+    "a batch of weights": (lambda m, x: x @ m.e, "aten.bmm"),
+    "one batch for several": (lambda m, x: x[None] @ m.e, "aten.matmul"),
     "a vector times a matrix": (lambda m, x: x[0, 0] @ m.w, "aten.matmul"),
     "a buffer": (lambda m, x: x @ m.mix, "aten.matmul"),
     "an expression of a weight": (lambda m, x: x @ (m.w * 2), "aten.matmul"),
