@@ -36,6 +36,7 @@ class LinearShape:
         scheme: bits, group size, symmetry.
         dtype: dtype of the activations ``x``.
         device: where the linear runs.
+        expert_count: ``E``, the number of experts of a stack ``(E, N, K)``; None for one linear.
     """
 
     out_features: int
@@ -43,11 +44,14 @@ class LinearShape:
     scheme: Scheme
     dtype: torch.dtype
     device: torch.device
+    expert_count: int | None = None
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A linear lowered for one backend: ``op(x, *tensors.values(), *constants)`` computes it.
+    """A linear lowered for one backend: ``op(x, *tensors.values(), *constants)`` computes it. The linears
+    of a mixture's experts are one: ``op(x, offsets, *tensors.values(), *constants)``, as in
+    ``awqc.qexperts``.
 
     Args:
         op: a ``torch.library`` op (an OpOverload), so that graphs can hold it.
@@ -76,9 +80,12 @@ class PackedLinear:
 
 
 class Backend(ABC):
-    """One lowering of ``awqc.qlinear``. Stateless: options are constructor arguments."""
+    """One lowering of ``awqc.qlinear``, and of ``awqc.qexperts`` if it says so. Stateless: options are
+    constructor arguments."""
 
     name: ClassVar[str] = ""
+    #: Whether weights ``(E, N, K)`` of a mixture's experts are packed too.
+    runs_experts: ClassVar[bool] = False
     #: ``backend="auto"`` takes the highest of those that do not refuse; ``reference`` has 0.
     priority: ClassVar[int] = 0
 
@@ -89,7 +96,8 @@ class Backend(ABC):
     @abstractmethod
     def pack(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
         """Pack ``weight`` ``(N, K)`` and ``bias`` ``(N,)`` for activations of ``dtype``, on the device
-        where the codes are. Only called for shapes that :meth:`refuses` accepted."""
+        where the codes are; or the ``(E, N, K)`` of experts, which have no bias here. Only called for
+        shapes that :meth:`refuses` accepted."""
 
     @abstractmethod
     def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:

@@ -37,7 +37,8 @@ def lower_linear(
     device: torch.device | str,
     backend: str | Backend = "auto",
 ) -> Lowered:
-    """Pack ``weight`` ``(N, K)`` and ``bias`` ``(N,)`` for activations of ``dtype`` on ``device``.
+    """Pack ``weight`` ``(N, K)`` and ``bias`` ``(N,)``, or the weights ``(E, N, K)`` of experts, for
+    activations of ``dtype`` on ``device``.
 
     Args:
         backend: a name, a backend object (which carries its options), or ``"auto"`` for the one of highest
@@ -48,17 +49,22 @@ def lower_linear(
         BackendError: for an unknown name, or if ``reference`` refuses too.
     """
     device = torch.device(device)
-    shape = LinearShape(weight.out_features, weight.in_features, weight.scheme, dtype, device)
+    shape = LinearShape(
+        weight.out_features, weight.in_features, weight.scheme, dtype, device, weight.expert_count
+    )
     refused: dict[str, str] = {}
     for candidate in _candidates(backend):
         reason = candidate.refuses(shape)
+        if shape.expert_count is not None and not candidate.runs_experts:
+            reason = "has no op for the experts of a mixture"
         if reason is None:
             packed = candidate.pack(weight.to(device), None if bias is None else bias.to(device), dtype)
             return Lowered(candidate, packed, shape, refused)
         refused[candidate.name] = reason
     reasons = "; ".join(f"{name} {reason}" for name, reason in refused.items())
+    shapes = "x".join(map(str, weight.codes.shape))
     raise BackendError(
-        f"no backend runs a {weight.out_features}x{weight.in_features} linear of {weight.scheme} weights "
+        f"no backend runs a {shapes} linear of {weight.scheme} weights "
         f"with {dtype} activations on {device}: {reasons}"
     )
 

@@ -7,11 +7,13 @@ for every group of ``group_size`` consecutive input channels of a row:
 
 The last group is shorter when ``group_size`` does not divide ``K`` (ragged). Symmetric quantization is
 the same form with every zero point at ``2 ** (bits - 1)``, so nothing downstream needs a second case.
+The weights of the experts of a mixture are one stack ``(E, N, K)``, in every tensor one dimension more.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,8 +74,8 @@ class Grid:
     """The values a weight may take: per-group scales and zero points, before any rounding.
 
     Args:
-        scales: ``(N, G)``, positive, representable in half precision.
-        zeros: ``(N, G)`` integer zero points held as floats, in ``[0, levels - 1]``.
+        scales: ``(N, G)`` or ``(E, N, G)``, positive, representable in half precision.
+        zeros: alike, integer zero points held as floats, in ``[0, levels - 1]``.
         scheme: bits and group size.
         in_features: ``K``.
     """
@@ -108,12 +110,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes on a grid: one linear's weight, ready to be stored or packed.
+    """Codes on a grid: one linear's weight, or those of E experts, ready to be stored or packed.
 
     Args:
-        codes: ``(N, K)`` uint8, each in ``[0, 2**bits - 1]``.
-        scales: ``(N, G)`` float16 (or the dtype a checkpoint stored).
-        zeros: ``(N, G)`` uint8.
+        codes: ``(N, K)`` or ``(E, N, K)`` uint8, each in ``[0, 2**bits - 1]``.
+        scales: ``(N, G)`` or ``(E, N, G)`` float16 (or the dtype a checkpoint stored).
+        zeros: alike, uint8.
         scheme: bits, group size and symmetry.
     """
 
@@ -123,27 +125,32 @@ class QuantizedWeight:
     scheme: Scheme
 
     def __post_init__(self) -> None:
-        n, k = self.codes.shape
-        expected = (n, self.scheme.groups(k))
+        *rows, k = self.codes.shape
+        expected = (*rows, self.scheme.groups(k))
         for name, tensor in (("scales", self.scales), ("zeros", self.zeros)):
             if tuple(tensor.shape) != expected:
                 raise ConfigError(
-                    f"{name} of shape {tuple(tensor.shape)} do not fit codes of shape {(n, k)} with "
+                    f"{name} of shape {tuple(tensor.shape)} do not fit codes of shape {(*rows, k)} with "
                     f"group_size={self.scheme.group_size}: expected {expected}"
                 )
 
     @property
+    def expert_count(self) -> int | None:
+        """``E``, or None for the weight of one linear."""
+        return self.codes.shape[0] if self.codes.ndim == 3 else None
+
+    @property
     def out_features(self) -> int:
         """``N``."""
-        return self.codes.shape[0]
+        return self.codes.shape[-2]
 
     @property
     def in_features(self) -> int:
         """``K``."""
-        return self.codes.shape[1]
+        return self.codes.shape[-1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight ``(N, K)``; the product is taken in float32 and then rounded to ``dtype``."""
+        """The weight, shaped like the codes; the product is taken in float32, then rounded to ``dtype``."""
         group, k = self.scheme.group(self.in_features), self.in_features
         zeros = expand_groups(self.zeros.float(), group, k)
         return ((self.codes.float() - zeros) * expand_groups(self.scales.float(), group, k)).to(dtype)
@@ -153,6 +160,14 @@ class QuantizedWeight:
         return replace(
             self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=self.zeros.to(device)
         )
+
+
+def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight ``(E, N, K)`` of E weights ``(N, K)`` that share a scheme."""
+    codes, scales, zeros = (
+        torch.stack([getattr(weight, part) for weight in weights]) for part in ("codes", "scales", "zeros")
+    )
+    return QuantizedWeight(codes, scales, zeros, weights[0].scheme)
 
 
 def packed_bytes(out_features: int, in_features: int, scheme: Scheme) -> int:

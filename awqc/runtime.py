@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from awqc.errors import ConfigError
 from awqc.lowering import Lowered
-from awqc.quantized import QuantizedWeight
+from awqc.packed import PackedModule
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(PackedModule):
     """``y = x @ W.T + bias`` on a packed weight: ``x`` ``(..., K)`` to ``y`` ``(..., N)`` of its dtype.
-
-    Packed tensors are buffers, so ``state_dict``, ``load_state_dict`` and device moves work. Their dtypes
-    belong to the packing: ``.half()`` and ``.to(dtype)`` leave them alone, and every backend's op takes
-    activations of whatever dtype the model now computes in.
 
     Args:
         lowered: from :func:`awqc.lowering.lower_linear`.
     """
 
     def __init__(self, lowered: Lowered) -> None:
-        super().__init__()
-        packed = lowered.packed
-        self.backend = lowered.backend
-        self.scheme = lowered.shape.scheme
-        self.in_features = lowered.shape.in_features
-        self.out_features = lowered.shape.out_features
-        for name, tensor in (*packed.tensors.items(), *packed.kept.items()):
-            self.register_buffer(name, tensor)
+        super().__init__(lowered)
         self.dtype = lowered.shape.dtype
-        self._shape = lowered.shape
-        self._packed = replace(packed, tensors=dict.fromkeys(packed.tensors), kept={})
-        self._kept = tuple(packed.kept)
-        self.op = packed.op
-        self.constants = packed.constants
-        self._names = tuple(packed.tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         # Straight from the dictionary: attribute look-up of a buffer costs more than the op's dispatch.
         buffers = self._buffers
         return self.op(x, *[buffers[name] for name in self._names], *self.constants)
-
-    def operands(self) -> dict[str, Tensor | None]:
-        """The tensors that ``op`` takes after ``x``, by buffer name; None for an absent bias."""
-        return {name: self._buffers[name] for name in self._names}
-
-    def unpack(self) -> tuple[QuantizedWeight, Tensor | None]:
-        """The canonical weight ``(N, K)`` and the bias that were lowered, bit for bit."""
-        packed = replace(
-            self._packed,
-            tensors={name: self._buffers[name] for name in self._names},
-            kept={name: self.get_buffer(name) for name in self._kept},
-        )
-        return self.backend.unpack(packed, self._shape)
 
     def extra_repr(self) -> str:
         bias = self._buffers.get("bias") is not None
@@ -64,13 +33,6 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
             f"{self.scheme}, backend={self.backend.name}"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(move, recurse)
 
 
 def replace_linears(model: nn.Module, lowered: Mapping[str, QuantLinear]) -> None:

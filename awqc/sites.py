@@ -106,13 +106,13 @@ def fold(part: Part, scales: Tensor, weights: Weights) -> None:
         value = weights[name]
         weights[name] = part.site.solve(value, by.to(value.dtype))
         return
-    columns = 0 if rounded.transposed else 1
-    if part.site.offset or (by.ndim > 1 and by.shape[columns] != 1):
+    by = by.mT if rounded.transposed else by
+    if part.site.offset or by.shape[-1] != 1:
         raise VerifyError(
             f"{name!r} is quantized already and cannot take a scale along its columns: fold before rounding"
         )
     old = rounded.weight
-    scales = old.scales.float() / by.reshape(-1, 1).to(old.scales.device)
+    scales = old.scales.float() / by.to(old.scales.device)
     weights[name] = Rounded(
         QuantizedWeight(old.codes, scales.to(old.scales.dtype), old.zeros, old.scheme), rounded.transposed
     )

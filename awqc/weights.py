@@ -21,7 +21,8 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantized weight ``(N, K)`` behind a parameter that the model may store as ``(K, N)``."""
+    """A quantized weight ``(N, K)`` behind a parameter that the model may store as ``(K, N)``; of experts
+    ``(E, N, K)``, stored as that or as ``(E, K, N)``."""
 
     weight: QuantizedWeight
     transposed: bool = False
@@ -29,7 +30,7 @@ class Rounded:
     def dense(self) -> Tensor:
         """The float32 value in the layout of the parameter."""
         value = self.weight.dequantize()
-        return value.t() if self.transposed else value
+        return value.mT if self.transposed else value
 
 
 class Weights:

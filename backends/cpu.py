@@ -10,6 +10,7 @@ from torch import Tensor
 
 from awqc.backend import Backend, LinearShape, PackedLinear, register_backend
 from awqc.errors import ConfigError
+from awqc.kernels.qexperts_aten import AtenInt4Experts
 from awqc.kernels.qlinear_aten import INT4_ROWS, AtenInt4
 from awqc.quantized import QuantizedWeight
 
@@ -31,6 +32,7 @@ class CpuBackend(Backend):
     """
 
     priority: ClassVar[int] = 10
+    runs_experts: ClassVar[bool] = True
     prefill: Literal["dense", "packed"] = "dense"
 
     def __post_init__(self) -> None:
@@ -50,7 +52,8 @@ class CpuBackend(Backend):
     def pack(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
         dense = self.prefill == "dense"
         scheme = weight.scheme
-        tensors, constants = AtenInt4.pack(
+        kernel = AtenInt4 if weight.expert_count is None else AtenInt4Experts
+        tensors, constants = kernel.pack(
             weight.codes, weight.scales, weight.zeros, bias, scheme.bits, scheme.group_size, dense=dense
         )
         notes = ["scales are rounded to bfloat16"]
@@ -59,7 +62,7 @@ class CpuBackend(Backend):
         if dense:
             notes.append(f"a bfloat16 copy of the weight serves inputs of more than {INT4_ROWS} rows")
         return PackedLinear(
-            op=AtenInt4.op,
+            op=kernel.op,
             tensors=tensors,
             constants=constants,
             # The op's own scales are rounded, so the exact ones are kept for the way back.
@@ -68,6 +71,7 @@ class CpuBackend(Backend):
         )
 
     def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:
-        codes = AtenInt4.unpack(packed.tensor("packed"), shape.scheme.bits)
+        kernel = AtenInt4 if shape.expert_count is None else AtenInt4Experts
+        codes = kernel.unpack(packed.tensor("packed"), shape.scheme.bits)
         scales, zeros = packed.kept["scales"], packed.kept["zeros"]
-        return QuantizedWeight(codes, scales, zeros, shape.scheme), packed.tensors["bias"]
+        return QuantizedWeight(codes, scales, zeros, shape.scheme), packed.tensors.get("bias")
