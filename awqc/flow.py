@@ -18,143 +18,19 @@ import heapq
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from awqc.graph import Graph
+from awqc.op import Op, Refusal, RowOp, Rule, op_name
+from awqc.routing import Families, Routing
+from awqc.scaled import Scaled, Value, compact
 from awqc.sites import Part, Site, Sites
-from awqc.views import CONSTANT, is_transpose, operand, shape
+from awqc.views import is_transpose, operand, picked, shape
 
 #: Index tensors larger than this are not built to invert a movement of a parameter.
 _LARGEST_INVERSE = 1 << 22
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """An abstract tensor.
-
-    Args:
-        ids: integer tensor of the concrete tensor's shape; dimensions along which nothing changes have
-            stride 0, so it stays small. -1 where the element is not scaled.
-        degree: the power of the scale that divides the element.
-    """
-
-    ids: Tensor
-    degree: float = 1.0
-
-    def core(self) -> Tensor:
-        """The ids with every constant dimension reduced to size 1."""
-        core = self.ids
-        for dim, stride in enumerate(core.stride()):
-            if stride == 0 and core.shape[dim] > 1:
-                core = core.narrow(dim, 0, 1)
-        return core
-
-    def used(self) -> Tensor:
-        """The distinct ids."""
-        ids = torch.unique(self.core())
-        return ids[ids >= 0]
-
-    def constant_along(self, dim: int) -> bool:
-        """Whether all elements along ``dim`` have the same id."""
-        ids = self.ids
-        if ids.shape[dim] <= 1 or ids.stride(dim) == 0:
-            return True
-        core = self.core()
-        return bool((core == core.narrow(dim, 0, 1)).all())
-
-    def same(self, other: Scaled | None) -> bool:
-        """Whether ``other`` says the same of a tensor of the same shape."""
-        return (
-            other is not None
-            and self.degree == other.degree
-            and self.ids.shape == other.ids.shape
-            and torch.equal(*torch.broadcast_tensors(self.core(), other.core()))
-        )
-
-
-def compact(ids: Tensor) -> Tensor:
-    """The same ids with stride 0 along every dimension in which they do not change."""
-    core = Scaled(ids).core()
-    for dim, size in enumerate(core.shape):
-        if size > 1:
-            first = core.narrow(dim, 0, 1)
-            if bool((core == first).all()):
-                core = first
-    return core.expand(ids.shape)
-
-
-Value = Scaled | list["Scaled | None"] | None
-Rule = Callable[["Op"], Value]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a channel cannot be scaled: the op that stops it and what it does."""
-
-    reason: str
-    node: str
-    op: str
-
-    def __str__(self) -> str:
-        return f"{self.op} ({self.node}): {self.reason}"
-
-
-class Op:
-    """What a rule sees of one node: its operands' abstract values, and the verbs of the flow."""
-
-    def __init__(self, node: fx.Node, flow: Flow) -> None:
-        self.node = node
-        self._flow = flow
-
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """Positional arguments of the node."""
-        return self.node.args
-
-    def arg(self, index: int, name: str | None = None, default: Any = None) -> Any:
-        """Argument ``index``, also when passed by ``name``; ``default`` when left out."""
-        return operand(self.node, index, name, default)
-
-    def value(self, operand: Any) -> Scaled | None:
-        """Abstract value of an operand node; None when it is not scaled (or not a tensor)."""
-        found = self._flow.values.get(operand) if isinstance(operand, fx.Node) else None
-        return found if isinstance(found, Scaled) else None
-
-    def values(self, operand: Any) -> Value:
-        """Like :meth:`value` for operands that are lists of tensors."""
-        return self._flow.values.get(operand) if isinstance(operand, fx.Node) else None
-
-    def constant(self, operand: Any) -> Tensor | None:
-        """The value of an operand that is written in the forward, such as a list of indices; else None."""
-        if isinstance(operand, fx.Node) and operand.op == "get_attr" and operand.meta.get("role") == CONSTANT:
-            return self._flow.graph.weights[str(operand.target)]
-        return None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the node's result."""
-        return shape(self.node)
-
-    def poison(self, value: Scaled | None, reason: str, where: Tensor | None = None) -> None:
-        """Refuse to scale the channels of ``value`` (only those at the mask ``where``)."""
-        if value is not None:
-            ids = value.used() if where is None else torch.unique(value.ids[where])
-            self._flow.poison(ids[ids >= 0], Refusal(reason, self.node.name, op_name(self.node)))
-
-    def join(self, operand: Any, ids: Tensor, degree: float) -> bool:
-        """Scale the parameter behind ``operand`` along: ``ids`` has the operand's shape. False if the
-        operand is not a parameter (or a movement of one)."""
-        return isinstance(operand, fx.Node) and self._flow.join(operand, Scaled(ids, degree))
-
-
-def op_name(node: fx.Node) -> str:
-    """``aten.silu`` and the like."""
-    target = node.target
-    packet = getattr(target, "overloadpacket", None)
-    return str(packet) if packet is not None else getattr(target, "__name__", str(target))
 
 
 @dataclass
@@ -183,6 +59,7 @@ class Flow:
         from awqc.rules import rule_for
 
         self.channels = 1 + max(int(Scaled(ids).core().max()) for ids in seeds.values())
+        self.families = Families(self.channels)
         self.alive = torch.ones(self.channels, dtype=torch.bool)
         self._cause = torch.full((self.channels,), -1)
         self._queue: list[tuple[int, fx.Node]] = []
@@ -208,8 +85,42 @@ class Flow:
             if rule is None or budget < 0:
                 self._refuse_all(node, _no_rule(node) if rule is None else "the flow does not settle")
             else:
-                self._update(node, rule(Op(node, self)))
+                self._update(node, self._apply(node, rule))
         return self
+
+    def _apply(self, node: fx.Node, rule: Rule) -> Value:
+        """What ``rule`` says of ``node``; where operands are routed, also which rows its elements are of."""
+        from awqc.rules import knows_rows
+
+        found = (self.values.get(source) for source in node.all_input_nodes)
+        routings = [v.routing for v in found if isinstance(v, Scaled) and v.routing is not None]
+        if not routings or knows_rows(rule):
+            return rule(Op(node, self))
+        one = routings[0]
+        if any(routing.key is not one.key for routing in routings):
+            self._refuse_all(node, "rows of different routings meet")
+            return None
+        on_rows = RowOp(node, self)
+        moved = rule(on_rows)
+        if on_rows.reason is not None:
+            self._refuse_all(node, f"rows that different experts serve are mixed: {on_rows.reason}")
+            return None
+        joined = {n: Routing(one.key, rows, one.offsets) for n, rows in on_rows.joined.items()}
+        value = rule(Op(node, self, joined))
+        if isinstance(value, list):
+            rows = moved if isinstance(moved, list) else [None] * len(value)
+            return [self._routed(node, v, r, one) for v, r in zip(value, rows, strict=True)]
+        return self._routed(node, value, moved if isinstance(moved, Scaled) else None, one)
+
+    def _routed(
+        self, node: fx.Node, value: Scaled | None, rows: Scaled | None, one: Routing
+    ) -> Scaled | None:
+        if value is None or not self.families.hold(value.core()):
+            return value
+        if rows is None:
+            self._refuse_all(node, "which expert serves a row is not known any more")
+            return None
+        return Scaled(value.ids, value.degree, Routing(one.key, rows.ids, one.offsets))
 
     def parts(self) -> list[Part]:
         """How each parameter changes, refused channels left out."""
@@ -232,12 +143,13 @@ class Flow:
         value = self.values.get(node)
         if not isinstance(value, Scaled):
             return None
-        causes = self._cause[value.used()]
+        causes = self._cause[self.families.members(value.used())]
         causes = causes[causes >= 0]
         return self.refusals[int(causes[0])] if len(causes) else None
 
     def poison(self, ids: Tensor, refusal: Refusal) -> None:
         """Refuse the channels ``ids`` that nothing has refused yet, for the reason ``refusal``."""
+        ids = self.families.members(ids)
         ids = ids[self.alive[ids]]
         if len(ids):
             self.alive[ids] = False
@@ -246,6 +158,8 @@ class Flow:
 
     def join(self, operand: fx.Node, wanted: Scaled) -> bool:
         """Scale the parameter behind ``operand`` so that it becomes ``wanted``; False if it cannot."""
+        if self.families.hold(wanted.ids):
+            return self._join_picked(operand, wanted)
         found = self._site_of(operand)
         if found is None:
             return False
@@ -258,6 +172,16 @@ class Flow:
         self.joined[site.node] = site
         self._update(site.node, placed)
         return True
+
+    def _join_picked(self, operand: fx.Node, wanted: Scaled) -> bool:
+        """Join what ``operand`` picks from by the routing of ``wanted``: the entry of each row's expert."""
+        found, routing = picked(operand), wanted.routing
+        if found is None or routing is None or found[1] is not routing.key or routing.offsets:
+            return False
+        if not routing.in_place() or not wanted.constant_along(0):
+            return False
+        table = self.families.table(wanted.ids[0], shape(found[0])[0])
+        return self.join(found[0], Scaled(table, wanted.degree))
 
     def _site_of(self, node: fx.Node) -> tuple[Site, Callable[[Scaled], Scaled | None]] | None:
         """The site that ``node`` is a movement of, and how ids of ``node`` become ids of the site."""
@@ -277,7 +201,7 @@ class Flow:
     def _update(self, node: fx.Node, value: Value) -> None:
         before = self.values.get(node)
         if isinstance(value, Scaled):
-            value = Scaled(compact(value.ids), value.degree)
+            value = value.compacted()
             if not bool((value.core() >= 0).any()):
                 value = None
         if isinstance(value, Scaled):
@@ -297,6 +221,7 @@ class Flow:
                 heapq.heappush(self._queue, (self.order[user], user))
 
     def _refuse_all(self, node: fx.Node, reason: str) -> None:
+        """Refuse everything that ``node`` reads."""
         refusal = Refusal(reason, node.name, op_name(node))
         for source in node.all_input_nodes:
             self._refuse(self.values.get(source), refusal)
@@ -336,11 +261,13 @@ def _invert(site: Site, chain: list[fx.Node], wanted: Scaled) -> Scaled | None:
 
 
 def seeds(site: Site) -> Iterable[Tensor]:
-    """The ways to give a site channels: one along each of its axes, ``ids`` of the site's shape."""
+    """The ways to give a site channels, ``ids`` of the site's shape: one along each of its axes; of a stack
+    of matrices also one along each axis of each matrix."""
     size = shape(site.node)
-    for axis, length in enumerate(size):
-        if length > 1:
-            index = torch.arange(length, dtype=torch.int32).reshape(
-                [-1 if a == axis else 1 for a in range(len(size))]
-            )
-            yield index.expand(size)
+    axes: list[tuple[int, ...]] = [(axis,) for axis in range(len(size))]
+    if len(size) == 3:
+        axes += [(0, 1), (0, 2)]
+    for chosen in axes:
+        if all(size[axis] > 1 for axis in chosen):
+            varying = [size[axis] if axis in chosen else 1 for axis in range(len(size))]
+            yield torch.arange(torch.Size(varying).numel(), dtype=torch.int32).reshape(varying).expand(size)

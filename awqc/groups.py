@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Container, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
-from awqc.flow import Flow, Refusal, Scaled, seeds
+from awqc.flow import Flow, seeds
 from awqc.graph import Graph
+from awqc.op import Refusal
 from awqc.refusals import Refusals
+from awqc.routing import Families
+from awqc.scaled import Scaled, unexpanded
 from awqc.sites import Part, Sites, find_sites, fold
-from awqc.views import Linear, linears
+from awqc.views import ExpertLinear, Linear, expert_linears, linears
 from awqc.weights import Weights
 
 
@@ -27,8 +31,9 @@ class ScaleGroup:
         alive: ``(channels,)`` bool, which channels may differ from 1.
         producers: parts with positive degree: divided.
         consumers: parts with negative degree: multiplied. All readers, quantized or not.
-        linears: parameter names of the linears among the consumers.
+        linears: parameter names of the linears among the consumers, those of experts too.
         values: abstract value of every tensor in between, by node.
+        families: what ids stand for where the channel depends on the expert.
         refused: what stopped the channels that are not alive.
     """
 
@@ -39,6 +44,7 @@ class ScaleGroup:
     consumers: tuple[Part, ...]
     linears: tuple[str, ...]
     values: Mapping[fx.Node, Scaled] = field(repr=False)
+    families: Families = field(repr=False)
     refused: tuple[Refusal, ...] = ()
 
     @property
@@ -49,18 +55,39 @@ class ScaleGroup:
     def at_input(self, node: fx.Node) -> tuple[Tensor, float]:
         """Channel ids ``(K,)`` and degree of the activation ``node`` (..., K), refused ones -1."""
         value = self.values[node]
-        ids = value.ids[(0,) * (value.ids.ndim - 1)]
-        padded = torch.cat([self.alive, torch.zeros(1, dtype=torch.bool)])
-        return torch.where(padded[ids], ids, -1).long(), value.degree
+        return self._living(value.ids[(0,) * (value.ids.ndim - 1)]), value.degree
 
-    def scale_of(self, node: fx.Node, scales: Tensor) -> Tensor | None:
-        """What divides the tensor of ``node`` when the group is folded with ``scales``; None if nothing."""
+    def at_experts(self, view: ExpertLinear) -> tuple[Tensor, float]:
+        """Channel ids ``(E, K)`` and degree of the input of each expert, refused ones -1."""
+        value = self.values[view.x]
+        if value.ids.ndim == 3:  # a block (T, K) for each
+            return self._living(value.ids[:, 0]), value.degree
+        return self._living(self.families.table(value.ids[0], view.count)), value.degree
+
+    def scale_of(
+        self, node: fx.Node, scales: Tensor, known: Mapping[fx.Node, Tensor] = types.MappingProxyType({})
+    ) -> Tensor | None:
+        """What divides the tensor of ``node`` when the group is folded with ``scales``; None if nothing.
+
+        Args:
+            node: a node of the graph.
+            scales: ``(channels,)``.
+            known: values of nodes; where channels depend on the expert, ``routing.key`` of the abstract
+                value must be among them.
+        """
         value = self.values.get(node)
         if value is None:
             return None
-        core = value.core().long()
-        padded = torch.cat([torch.where(self.alive.to(scales.device), scales, 1.0), scales.new_ones(1)])
-        return padded[core.to(scales.device)] ** value.degree
+        core = value.core()
+        if value.routing is not None:
+            experts = value.routing.served_by(known[value.routing.key])
+            core = self.families.channel(core, unexpanded(experts).cpu())
+        padded = torch.cat([scales, scales.new_ones(1)])
+        return padded[self._living(core).to(scales.device)] ** value.degree
+
+    def _living(self, ids: Tensor) -> Tensor:
+        padded = torch.cat([self.alive, torch.zeros(1, dtype=torch.bool)])
+        return torch.where(padded[ids.long()], ids, -1).long()
 
     def fold(self, scales: Tensor, weights: Weights) -> None:
         """Fold ``scales`` ``(channels,)`` into every parameter of the group."""
@@ -105,7 +132,7 @@ def _find_groups(graph: Graph) -> ScaleGroups:
     if sites is None:
         sites = find_sites(graph)
     order = graph.order()
-    views = list(linears(graph))
+    views: list[Linear | ExpertLinear] = [*linears(graph), *expert_linears(graph)]
     by_name = {view.parameter: view for view in views}
     found: list[ScaleGroup] = []
     refusals = Refusals(views, order)
@@ -124,7 +151,7 @@ def _find_groups(graph: Graph) -> ScaleGroups:
     return ScaleGroups(chosen, {name: refusals.of(name) for name in by_name if name not in taken})
 
 
-def _group(flow: Flow, name: str, by_name: Mapping[str, Linear]) -> ScaleGroup | None:
+def _group(flow: Flow, name: str, by_name: Container[str]) -> ScaleGroup | None:
     parts = flow.parts()
     consumers = tuple(p for p in parts if p.degree < 0)
     names = tuple(p.parameter for p in consumers if p.parameter in by_name)
@@ -133,7 +160,15 @@ def _group(flow: Flow, name: str, by_name: Mapping[str, Linear]) -> ScaleGroup |
     values = {n: v for n, v in flow.values.items() if isinstance(v, Scaled)}
     producers = tuple(p for p in parts if p.degree > 0)
     return ScaleGroup(
-        name, flow.channels, flow.alive, producers, consumers, names, values, tuple(flow.refusals)
+        name,
+        flow.channels,
+        flow.alive,
+        producers,
+        consumers,
+        names,
+        values,
+        flow.families,
+        tuple(flow.refusals),
     )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import fx
 
-from awqc.flow import Flow, Refusal, op_name
-from awqc.views import Linear, linear
+from awqc.flow import Flow
+from awqc.op import Refusal, op_name
+from awqc.views import ExpertLinear, Linear, expert_linear, linear
 
 
 class Refusals:
@@ -18,9 +19,9 @@ class Refusals:
         order: position of every node.
     """
 
-    def __init__(self, views: Iterable[Linear], order: Mapping[fx.Node, int]) -> None:
+    def __init__(self, views: Iterable[Linear | ExpertLinear], order: Mapping[fx.Node, int]) -> None:
         self._order = order
-        self._views: dict[str, list[Linear]] = {}
+        self._views: dict[str, list[Linear | ExpertLinear]] = {}
         for view in views:
             self._views.setdefault(view.parameter, []).append(view)
         self._at_value: dict[fx.Node, tuple[Refusal, frozenset[fx.Node]]] = {}
@@ -57,7 +58,7 @@ class Refusals:
         nodes = sorted(_between(x), key=self._order.__getitem__, reverse=True)
         for node in nodes:
             # What a linear itself stops is its columns, and they are no way to scale its result.
-            if node.name in self._at_op and linear(node) is None:
+            if node.name in self._at_op and not _is_linear(node):
                 return str(self._at_op[node.name])
             if node in self._at_value:
                 return str(self._at_value[node][0])
@@ -74,7 +75,11 @@ def _between(x: fx.Node) -> Iterator[fx.Node]:
     pending, seen = [x], {x}
     for node in pending:
         yield node
-        if linear(node) is None:
+        if not _is_linear(node):
             new = [n for n in node.all_input_nodes if n not in seen and n.op == "call_function"]
             pending += new
             seen.update(new)
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return linear(node) is not None or expert_linear(node) is not None

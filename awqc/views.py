@@ -90,6 +90,16 @@ def is_transpose(node: fx.Node) -> bool:
     return node.target is aten.mT.default or (ndim == 2 and node.target in _TRANSPOSES)
 
 
+def picked(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(what, by) if ``node`` is ``what[by]`` for integers ``by`` along the first dimension, or None."""
+    if node.target is not aten.index.Tensor:
+        return None
+    what, indices = operand(node, 0), operand(node, 1)
+    if len(indices) != 1 or not isinstance(indices[0], fx.Node) or dtype(indices[0]) == torch.bool:
+        return None
+    return what, indices[0]
+
+
 @dataclass(frozen=True)
 class Linear:
     """``y = x @ W.T + b`` in the canonical form ``aten.linear(x, W, b)``.
@@ -147,14 +157,18 @@ class Linear:
     @property
     def other_readers(self) -> list[fx.Node]:
         """Nodes besides this linear that read its weight."""
-        weight = self.node.args[1]
-        assert isinstance(weight, fx.Node)
-        nodes = [weight, *weight.all_input_nodes]  # the parameter, or its transpose and the parameter
-        return [user for node in nodes for user in node.users if user not in (self.node, weight)]
+        return _other_readers(self.node)
 
     def weight(self, stored: Tensor) -> Tensor:
         """The ``(N, K)`` weight for the parameter as it is stored."""
         return stored.t() if self.transposed else stored
+
+
+def _other_readers(node: fx.Node) -> list[fx.Node]:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    nodes = [weight, *weight.all_input_nodes]  # the parameter, or its transpose and the parameter
+    return [user for source in nodes for user in source.users if user not in (node, weight)]
 
 
 def linear(node: fx.Node) -> Linear | None:
@@ -230,6 +244,11 @@ class ExpertLinear:
     def in_features(self) -> int:
         """``K``."""
         return shape(self.x)[-1]
+
+    @property
+    def other_readers(self) -> list[fx.Node]:
+        """Nodes besides this one that read its weight."""
+        return _other_readers(self.node)
 
     def weight(self, stored: Tensor) -> Tensor:
         """The ``(E, N, K)`` weight for the parameter as it is stored."""

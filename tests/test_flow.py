@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import awqc
-from awqc.flow import Flow, Scaled, compact, seeds
+from awqc.flow import Flow, seeds
 from awqc.rules.movement import reshaped
+from awqc.scaled import Scaled, compact
 from awqc.sites import find_sites
 from tests.nets import WIDTH, Net, inputs, linear, norm
 
@@ -66,9 +67,10 @@ def test_a_site_is_seeded_along_each_axis_that_has_a_length() -> None:
     site = sites.of(analysis.graph.parameters()["gain"])
     assert site is not None
     found = list(seeds(site))
-    assert [seed.shape for seed in found] == [(3, 1, WIDTH)] * 2
+    assert [seed.shape for seed in found] == [(3, 1, WIDTH)] * 3
     assert torch.equal(found[0], ids(3, 1, 1).expand(3, 1, WIDTH))
     assert torch.equal(found[1], ids(1, 1, WIDTH).expand(3, 1, WIDTH))
+    assert torch.equal(found[2], ids(3, 1, WIDTH))
 
 
 # -- one flow --------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Scale rules for ATen ops, one family a file: what dividing an operand does to the result.
 
-A rule is a function of :class:`awqc.flow.Op` that returns the abstract value of the node, registered with
+A rule is a function of :class:`awqc.op.Op` that returns the abstract value of the node, registered with
 the ops it covers and samples that prove it:
 
     @rule(aten.relu.default, samples=[Sample((example(3, 4),), scale={0: ids})])
@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from awqc.flow import Rule
+from awqc.op import Rule
 
 _RULES: dict[Any, Rule] = {}
 _SAMPLES: dict[Any, list[Sample]] = {}
+_KNOW_ROWS: set[Rule] = set()
 
 
 #: Samples are drawn apart from the user's random numbers, which importing awqc must not advance.
@@ -58,8 +59,12 @@ class Sample:
     alive: int | None = None
 
 
-def rule(*ops: Any, samples: Sequence[Sample]) -> Callable[[Rule], Rule]:
+def rule(*ops: Any, samples: Sequence[Sample], rows: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for ``ops``; ``samples`` are run by the tests against every op of the rule.
+
+    Args:
+        rows: the rule itself says which expert serves each row of its result (see :mod:`awqc.routing`);
+            for any other it is found by asking the rule where row numbers go.
 
     Raises:
         ValueError: if there is no sample, or an op has a rule already.
@@ -73,6 +78,8 @@ def rule(*ops: Any, samples: Sequence[Sample]) -> Callable[[Rule], Rule]:
                 raise ValueError(f"{op} has a rule already: {_RULES[op].__module__}.{_RULES[op].__name__}")
             _RULES[op] = function
             _SAMPLES[op] = list(samples)
+        if rows:
+            _KNOW_ROWS.add(function)
         return function
 
     return add
@@ -81,6 +88,11 @@ def rule(*ops: Any, samples: Sequence[Sample]) -> Callable[[Rule], Rule]:
 def rule_for(node: fx.Node) -> Rule | None:
     """The rule for a node's op, or None."""
     return _RULES.get(node.target)
+
+
+def knows_rows(function: Rule) -> bool:
+    """Whether a rule handles routed operands by itself."""
+    return function in _KNOW_ROWS
 
 
 def samples() -> dict[Any, list[Sample]]:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from awqc.flow import Op, Scaled, Value
+from awqc.op import Op
 from awqc.rules import Sample, example, rule
 from awqc.rules.elementwise import joins_broadcast
+from awqc.scaled import Scaled, Value
 
 aten = torch.ops.aten
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awqc.flow import Op, Scaled, Value
+from awqc.op import Op
 from awqc.rules import Sample, example, rule
+from awqc.scaled import Scaled, Value
 
 aten = torch.ops.aten
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from awqc.flow import Op, Scaled, Value
+from awqc.op import Op
 from awqc.rules import Sample, example, rule
 from awqc.rules.elementwise import joins_broadcast
+from awqc.scaled import Scaled, Value
 
 aten = torch.ops.aten
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from awqc import rules
-from awqc.flow import Flow, Op, Scaled, Value
+from awqc.flow import Flow
 from awqc.graph import Graph
+from awqc.op import Op
 from awqc.rules import Sample
+from awqc.scaled import Scaled, Value
 from awqc.sites import find_sites
 from awqc.views import CONSTANT
 from awqc.weights import Weights
@@ -63,14 +65,19 @@ class Call:
         return Flow(self.graph, find_sites(self.graph), self.graph.order()).run(seeds)
 
 
-def divide(tensor: Tensor, value: Value, flow: Flow, scales: Tensor) -> Tensor:
-    """``tensor`` divided by what the flow says; refused channels have scale 1."""
+def divide(tensor: Tensor, value: Value, flow: Flow, scales: Tensor, known: dict[fx.Node, Tensor]) -> Tensor:
+    """``tensor`` divided by what the flow says; refused channels have scale 1. ``known`` are values of the
+    graph's nodes."""
     if value is None:
         return tensor
     assert isinstance(value, Scaled)
     assert value.ids.shape == tensor.shape
+    ids = value.ids.long()
+    if value.routing is not None:
+        assert value.routing.rows.shape == tensor.shape
+        ids = flow.families.channel(ids, value.routing.served_by(known[value.routing.key]))
     padded = torch.cat([torch.where(flow.alive, scales, 1.0), scales.new_ones(1)])
-    return tensor / padded[value.ids.long()] ** value.degree
+    return tensor / padded[ids] ** value.degree
 
 
 def check(op: Any, sample: Sample) -> None:
@@ -81,16 +88,16 @@ def check(op: Any, sample: Sample) -> None:
     assert int(flow.alive.sum()) == expected, [str(refusal) for refusal in flow.refusals]
     generator = torch.Generator().manual_seed(0)
     scales = torch.exp2(torch.rand(flow.channels, generator=generator, dtype=torch.float64) * 4 - 2)
-    before = call(call.tensors)
+    before, known = call(call.tensors), dict(zip(call.nodes, call.tensors, strict=True))
     divided = [
-        divide(tensor, flow.values.get(node), flow, scales)
+        divide(tensor, flow.values.get(node), flow, scales, known)
         for node, tensor in zip(call.nodes, call.tensors, strict=True)
     ]
     after = call(divided)
     claimed = flow.values.get(call.node)
     claims = claimed if isinstance(claimed, list) else [claimed] * len(before)
     for old, new, claim in zip(before, after, claims, strict=True):
-        torch.testing.assert_close(new, divide(old, claim, flow, scales), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(new, divide(old, claim, flow, scales, known), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("op", "index", "sample"), CASES, ids=[f"{op}-{i}" for op, i, _ in CASES])
