@@ -27,6 +27,8 @@ class QuantConfig:
             bfloat16 where the device multiplies it faster. Statistics are float32 always.
         keep: linears to leave in float, by name or shell-style pattern (``"*.down_proj"``).
         quantize_head: also quantize the linear that computes the model's output.
+        require_coverage: share of the parameters to be quantized, 0 to 1, that must be in a scale group; the
+            compile stops before calibration if less are.
         seed: of everything random.
 
     Raises:
@@ -40,6 +42,7 @@ class QuantConfig:
     propagate_dtype: PropagateDtype = "auto"
     keep: tuple[str, ...] = ()
     quantize_head: bool = False
+    require_coverage: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,6 +53,9 @@ class QuantConfig:
             raise ConfigError(
                 f"propagate_dtype={self.propagate_dtype!r}: choose 'auto', 'float32' or 'bfloat16'"
             )
+
+        if not 0 <= self.require_coverage <= 1:
+            raise ConfigError(f"require_coverage={self.require_coverage}: give a share between 0 and 1")
 
     @property
     def scheme(self) -> Scheme:

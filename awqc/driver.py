@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from awqc.passes.calibrate import Calibrate
 from awqc.passes.canonicalize import Canonicalize
+from awqc.passes.check_coverage import CheckCoverage
 from awqc.passes.clip_weights import ClipWeights
 from awqc.passes.find_scale_groups import FindScaleGroups
 from awqc.passes.fold_constants import FoldConstants
@@ -25,6 +26,7 @@ def default_pipeline() -> Pipeline:
             FoldConstants(),
             FindScaleGroups(),
             InsertObservers(),
+            CheckCoverage(),
             # stage by stage, while the calibration tokens move through
             Calibrate(),
             SearchScales(),

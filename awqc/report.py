@@ -96,6 +96,7 @@ class Report:
         config: the options.
         linears: one row a linear, in the order of the graph.
         groups: one row a scale group.
+        coverage: share of the parameters to be quantized whose linear is in a scale group.
         proof: largest relative error of the random-scale proof in float64, and the groups it covered.
         seconds: wall time by pass, in the order they ran.
         notes: (where, what) of everything that was skipped, refused or approximated.
@@ -108,6 +109,7 @@ class Report:
     config: dict[str, Any] = field(default_factory=dict)
     linears: dict[str, LinearRow] = field(default_factory=dict)
     groups: dict[str, GroupRow] = field(default_factory=dict)
+    coverage: float = 0.0
     proof: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[tuple[str, str]] = field(default_factory=list)

@@ -77,6 +77,8 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
             "linears",
             ", ".join([f"{schemes or 'none quantized'}", *(f"{n} {what}" for what, n in others.items())]),
         )
+    if rows:
+        yield "coverage", f"{report.coverage:.1%} of the quantized parameters are in a scale group"
     if report.groups:
         applied = [group.gain for group in report.groups.values() if group.applied]
         gain = f", held-out error {mean(applied):.1%} lower there" if applied else ""

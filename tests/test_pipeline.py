@@ -36,6 +36,7 @@ DEFAULT = [
     "fold-constants",
     "find-scale-groups",
     "insert-observers",
+    "check-coverage",
     "calibrate",
     "search-scales",
     "fold-scales",

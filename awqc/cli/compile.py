@@ -65,6 +65,15 @@ def compile(
         bool,
         typer.Option("--quantize-head", help="Also quantize the output head.", rich_help_panel=_QUANTIZATION),
     ] = False,
+    require_coverage: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Fail before calibration if scale groups cover a smaller share of the parameters to be "
+            "quantized, such as 0.9.",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = 0.0,
     propagate: Annotated[
         str,
         typer.Option(
@@ -143,14 +152,15 @@ def compile(
 
         quiet()
         config = QuantConfig(
-            bits,
-            group_size,
-            zero_point,
-            propagate,  # type: ignore[arg-type]  # checked by QuantConfig itself
-            propagate_dtype,  # type: ignore[arg-type]
-            tuple(keep or ()),
-            quantize_head,
-            seed,
+            bits=bits,
+            group_size=group_size,
+            zero_point=zero_point,
+            propagate=propagate,  # type: ignore[arg-type]  # checked by QuantConfig itself
+            propagate_dtype=propagate_dtype,  # type: ignore[arg-type]
+            keep=tuple(keep or ()),
+            quantize_head=quantize_head,
+            require_coverage=require_coverage,
+            seed=seed,
         )
         # What can be refused is refused now: a compile may take hours.
         if check_output(out, overwrite=overwrite) == model.resolve():

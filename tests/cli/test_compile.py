@@ -64,11 +64,25 @@ def test_json_is_the_only_thing_on_stdout_and_holds_the_report(
 def test_the_options_reach_the_compile(model: Path, text: Path, invoke: Invoke, tmp_path: Path) -> None:
     result = invoke(
         *("compile", model, "--calib", text, "-o", tmp_path / "out", "--json", "--backend", "reference"),
-        *("--bits", 8, "--group-size", 16, "--propagate", "float", "--quantize-head", "--seed", 3),
+        *(
+            "--bits",
+            8,
+            "--group-size",
+            16,
+            "--propagate",
+            "float",
+            "--quantize-head",
+            "--seed",
+            3,
+            "--require-coverage",
+            0.5,
+        ),
         *("--max-calib-samples", 2, "--max-calib-seq-len", 24, "--format", "awqc"),
     )
     report = json.loads(result.stdout)["report"]
-    expected = QuantConfig(bits=8, group_size=16, propagate="float", quantize_head=True, seed=3)
+    expected = QuantConfig(
+        bits=8, group_size=16, propagate="float", quantize_head=True, require_coverage=0.5, seed=3
+    )
     assert report["config"] == {**expected.as_dict(), "keep": []}
     assert (report["calibration"]["samples"], report["calibration"]["seq_len"]) == (2, 24)
     assert report["linears"]["lm_head.weight"]["decision"] == "quantized"
@@ -78,7 +92,15 @@ def test_the_options_reach_the_compile(model: Path, text: Path, invoke: Invoke, 
 def test_defaults_are_those_of_the_library() -> None:
     options = inspect.signature(command).parameters
     config = QuantConfig()
-    for name in ("bits", "group_size", "zero_point", "quantize_head", "propagate", "seed"):
+    for name in (
+        "bits",
+        "group_size",
+        "zero_point",
+        "quantize_head",
+        "propagate",
+        "require_coverage",
+        "seed",
+    ):
         assert options[name].default == getattr(config, name)
     library = inspect.signature(awqc.compile).parameters
     for name in ("calib", "backend", "max_calib_samples", "max_calib_seq_len", "split", "column", "device"):
@@ -137,6 +159,7 @@ def _unreached(*_: Any, **__: Any) -> Any:
             "unknown checkpoint format 'gguf': choose one of awq, awqc, compressed-tensors",
         ),
         (["--bits", "9"], "bits=9: awqc quantizes to 2, 3, 4, 5, 6, 7 or 8 bits"),
+        (["--require-coverage", 90], "require_coverage=90.0: give a share between 0 and 1"),
         (["--propagate", "both"], "propagate='both': choose 'quantized' or 'float'"),
         (
             ["--without", "search-scales"],
