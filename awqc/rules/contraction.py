@@ -84,59 +84,6 @@ def _consume(op: Op, value: Scaled, weight: fx.Node) -> None:
         )
 
 
-_A = example(2, 3, 4)
-_C = example(2, 4, 5)
-_M = example(8, 5)
-
-
-@rule(
-    aten.matmul.default,
-    aten.bmm.default,
-    samples=[
-        Sample((_A, _C), scale={1: torch.arange(5, dtype=torch.int32)}),
-        Sample((_A, _C), scale={0: torch.arange(3, dtype=torch.int32)[:, None]}),
-        Sample((_A, _C), scale={0: torch.arange(4, dtype=torch.int32)}, alive=0),
-        Sample((_A, _C), scale={1: torch.arange(4, dtype=torch.int32)[:, None]}, alive=0),
-    ],
-)
-@rule(
-    aten.mm.default,
-    samples=[
-        Sample((_X[0], _M), scale={0: _K}, parameters=(1,)),
-        Sample((_X[0], _M), scale={1: torch.arange(5, dtype=torch.int32)}, parameters=(1,)),
-    ],
-)
-def matmul(op: Op) -> Value:
-    """``A B``: columns of ``B`` and rows of ``A`` keep their scales; what is summed must agree, or a
-    parameter ``B`` undoes it."""
-    a, b = op.args[0], op.args[1]
-    left, right = op.value(a), op.value(b)
-    if min(a.meta["val"].ndim, b.meta["val"].ndim) < 2:
-        op.poison(left, "a vector product sums all channels")
-        op.poison(right, "a vector product sums all channels")
-        return None
-    if left is not None and right is not None:
-        if right.ids.ndim != 2 or not _cancels(left, Scaled(right.ids.t(), right.degree)):
-            op.poison(left, "both factors of a matrix product are scaled")
-            op.poison(right, "both factors of a matrix product are scaled")
-        return None
-    if right is not None:
-        if right.constant_along(right.ids.ndim - 2):
-            return Scaled(right.ids.narrow(-2, 0, 1).expand(op.shape), right.degree)
-        op.poison(right, _MIXED)
-        return None
-    if left is None:
-        return None
-    if left.constant_along(left.ids.ndim - 1):
-        return Scaled(left.ids.narrow(-1, 0, 1).expand(op.shape), left.degree)
-    rows_alike = all(left.constant_along(dim) for dim in range(left.ids.ndim - 1))
-    if not rows_alike or not op.join(
-        b, _first_row(left.ids)[:, None].expand(b.meta["val"].shape), -left.degree
-    ):
-        op.poison(left, f"{_MIXED}, and {b} cannot undo it")
-    return None
-
-
 _Q = example(1, 4, 3, 8)
 _KV = example(1, 2, 3, 8)
 _HEADS = torch.arange(32, dtype=torch.int32).reshape(1, 4, 1, 8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -125,11 +127,16 @@ def product(op: Op) -> Value:
     Where no ids are equal, as in the two halves of a gated unit, one factor alone can carry the scale.
     """
     left, right = op.value(op.args[0]), op.value(op.args[1])
-    sign = -1.0 if op.node.target is aten.div.Tensor else 1.0
-    if right is None:
-        return None if left is None else Scaled(left.ids.expand(op.shape), left.degree)
-    if left is None:
-        return Scaled(right.ids.expand(op.shape), sign * right.degree)
+    if right is not None and op.node.target is aten.div.Tensor:
+        right = replace(right, degree=-right.degree)
+    return multiplied(op, left, right)
+
+
+def multiplied(op: Op, left: Scaled | None, right: Scaled | None) -> Scaled | None:
+    """The product of two tensors that broadcast to the result of ``op``."""
+    if left is None or right is None:
+        one = left if right is None else right
+        return None if one is None else Scaled(one.ids.expand(op.shape), one.degree)
     a, b = left.ids.expand(op.shape), right.ids.expand(op.shape)
     core_a, core_b = torch.broadcast_tensors(Scaled(a).core(), Scaled(b).core())
     unequal = core_a != core_b
@@ -139,7 +146,7 @@ def product(op: Op) -> Value:
     if bool(unequal.any()):
         for ids in (core_a, core_b):
             op.poison(Scaled(ids), "channels scaled by different factors are multiplied", unequal)
-    degree = left.degree + sign * right.degree
+    degree = left.degree + right.degree
     return Scaled(torch.where(unequal, -1, core_a).expand(op.shape), degree) if degree else None
 
 
