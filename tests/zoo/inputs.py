@@ -65,6 +65,8 @@ def sample(name: str, config: Any) -> Tensor | None:
             2 * size("max_source_positions", default=CONTEXT),
         ),
         "input_values": lambda: noise(1, 1600),
+        "inputs": lambda: token_ids(size("max_position_embeddings", default=CONTEXT)),
+        "noise": lambda: noise(1, (side // size("patch_size", default=PATCH)) ** 2),
         "bbox": boxes,
         "attention_mask": lambda: torch.ones(1, TOKENS, dtype=torch.long),
         "visual_feats": lambda: noise(1, 4, size("visual_feat_dim", default=64)),
@@ -101,6 +103,11 @@ def inputs_of(model: nn.Module, also: Iterable[str] = ()) -> Inputs:
 def pairs(model: nn.Module) -> Inputs:
     """Text and an image side by side."""
     return inputs_of(model, ("input_ids", "pixel_values", "bbox", "visual_feats", "visual_pos"))
+
+
+def masked(model: nn.Module) -> Inputs:
+    """An image with the noise that decides which of its patches are seen: drawn by the forward, otherwise."""
+    return inputs_of(model, ("noise",))
 
 
 def video(model: nn.Module) -> Inputs:

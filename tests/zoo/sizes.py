@@ -28,7 +28,8 @@ _WIDTHS = words("""
     hidden_size d_model n_embd dim embed_dim embedding_size emb_dim projection_dim out_hidden_size
     word_embed_proj_dim attention_hidden_size encoder_hidden_size text_hidden_size pooler_output_size
     text_embed_dim projector_hidden_size output_hidden_size text_config_hidden_size hidden_dim
-    vision_hidden_size encoder_embed_dim decoder_hidden_size classifier_proj_size decoder_embed_dim
+    vision_hidden_size hidden_size_global encoder_embed_dim decoder_hidden_size classifier_proj_size
+    decoder_embed_dim
 """)
 _INNER = words("""
     intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim mlp_dim d_inner ffn_hidden_size

@@ -3,10 +3,10 @@
     python -m tests.zoo.survey                      # all of them
     python -m tests.zoo.survey llama 'qwen*' -v     # some; -v spells out every refused linear
 
-A line: name, rung of the capture, linears, how many have a group, share of the parameters of all matrix
-products that have one, fold error in float64 of the graph and of the model run eagerly, seconds; then how
-often which op refused, and products with a parameter that are seen as no linear. A model that fails says at
-what.
+A line: fold error in float64 of the graph and of the model run eagerly, seconds; then name, rung of the
+capture, linears that have a group and linears, share of the parameters of all matrix products that have one;
+then how often which op refused, and products with a parameter that are seen as no linear. A model that fails
+says at what.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import inspect
+import math
 import re
 import sys
 import time
@@ -24,19 +25,18 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import awqc
 from awqc.analysis import Analysis
 from awqc.capture import relative_error
+from awqc.coverage import factors
 from awqc.errors import AwqcError
 from awqc.groups import ScaleGroup
-from awqc.views import is_parameter, shape
+from awqc.views import shape
 from tests.zoo.catalog import CATALOG
 
-#: Ops whose weights a quantizer is expected to see.
-PRODUCTS = re.compile(r"linear|mm\b|mm_|matmul|einsum")
 #: Reasons that name no op: the linear's weight must stay as it is.
 TIED = "its weight is also read by"
 
@@ -52,6 +52,7 @@ class Row:
         sizes: parameters of everything that a matrix product reads, by name.
         grouped: names of those that have a group.
         unseen: names of those that are no linear to awqc -> the op that reads them.
+        nodes: of the graph.
         fold: relative error of the graph in float64 after a fold of random scales into all groups.
         eager: the same of the model itself; NaN where it does not run in float64.
         failure: the step that failed, and how; empty if none did.
@@ -64,6 +65,7 @@ class Row:
     grouped: set[str] = field(default_factory=set)
     linears: int = 0
     unseen: dict[str, str] = field(default_factory=dict)
+    nodes: int = 0
     fold: float = float("nan")
     eager: float = float("nan")
     seconds: float = 0.0
@@ -75,17 +77,19 @@ class Row:
         free = {n: s for n, s in self.sizes.items() if not self.refusals.get(n, "").startswith(TIED)}
         return sum(free[n] for n in self.grouped & free.keys()) / max(sum(free.values()), 1)
 
-    def __str__(self) -> str:
-        start = f"{self.name:22} {self.rung:14}"
+    def summary(self) -> str:
+        """What the golden file holds: nothing that differs from one machine to the next."""
         if self.failure:
-            return f"{start} {self.failure}"
-        figures = (
-            f"{len(self.grouped):3} of {self.linears:3} {self.share:6.1%} fold {self.fold:7.1e} "
-            f"eager {self.eager:7.1e} {self.seconds:4.1f}s"
-        )
+            return f"{self.name:24} {self.failure[:160]}"
         ops = [f"{n}x {why}" for why, n in Counter(map(brief, self.refusals.values())).most_common()]
         ops += [f"{n}x UNSEEN {op}" for op, n in Counter(self.unseen.values()).most_common()]
-        return f"{start} {figures}  {'; '.join(ops)}".rstrip()
+        start = f"{self.name:24} {self.rung:13} {len(self.grouped):3} of {self.linears:3} {self.share:7.1%}"
+        return f"{start}  {'; '.join(ops)}".rstrip()
+
+    def __str__(self) -> str:
+        if self.failure:
+            return self.summary()
+        return f"{self.fold:8.1e} {self.eager:8.1e} {self.seconds:5.1f}s  {self.summary()}"
 
 
 def brief(reason: str) -> str:
@@ -93,29 +97,6 @@ def brief(reason: str) -> str:
     if reason.startswith(TIED):
         return "tied"
     return re.sub(r" \([a-z_]+\d*(_\d+)*\)|(?<=[a-z])_\d+\b|'[^']*'", "", reason)[:80]
-
-
-def products(analysis: Analysis) -> dict[str, tuple[int, str]]:
-    """Parameter of two dimensions or more that a matrix product reads -> its size and the op."""
-    found = {}
-    for node in analysis.graph.nodes:
-        if node.op == "get_attr" and is_parameter(node) and len(shape(node)) > 1:
-            op = _product(node)
-            if op is not None:
-                found[str(node.target)] = node.meta["val"].numel(), op
-    return found
-
-
-def _product(parameter: fx.Node) -> str | None:
-    pending = [parameter]
-    for node in pending:
-        for user in node.users:
-            if PRODUCTS.search(str(user.target)):
-                return str(user.target)
-            size = getattr(user.meta.get("val"), "numel", lambda: -1)()
-            if 0 <= size <= parameter.meta["val"].numel() and len(user.all_input_nodes) == 1:
-                pending.append(user)
-    return None
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -151,9 +132,11 @@ def survey(name: str) -> Row:
         row.rung, row.linears = analysis.capture.rung, len(analysis.linears)
         row.refusals = {n: r for n, r in analysis.linears.items() if isinstance(r, str)}
         row.grouped = {n for n, r in analysis.linears.items() if isinstance(r, ScaleGroup)}
-        read = products(analysis)
-        row.sizes = {n: size for n, (size, _) in read.items()}
-        row.unseen = {n: op for n, (_, op) in read.items() if n not in analysis.linears}
+        row.nodes, read = len(analysis.graph.nodes), factors(analysis.graph)
+        row.sizes = {
+            n: math.prod(shape(node)) for n, node in analysis.graph.parameters().items() if n in read
+        }
+        row.unseen = {n: op for n, op in read.items() if n not in analysis.linears}
         step = "prove"
         row.fold = analysis.prove(batch)
         step = "fold"

@@ -70,6 +70,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "luke": {"entity_vocab_size": 32, "entity_emb_size": 16},
     "mamba2": {"num_heads": 8},
+    "perceiver": {
+        "num_latents": 16,
+        "d_latents": 64,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 8},
     "reformer": {
         "is_decoder": True,

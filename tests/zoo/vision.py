@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.zoo.inputs import video
+from tests.zoo.inputs import masked, video
 from tests.zoo.sizes import words
 
 _CLASSIFIERS = words("""
@@ -93,4 +93,4 @@ HEADS = (
     | dict.fromkeys(_TOWERS + _VIDEO, "")
     | {"deit": "DeiTForImageClassification", "levit": "LevitForImageClassification"}
 )
-INPUTS = dict.fromkeys(_VIDEO, video)
+INPUTS = dict.fromkeys(_VIDEO, video) | {"vit_mae": masked}
