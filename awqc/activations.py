@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, fx
 
 from awqc.context import Context
+from awqc.dispatch import Rerouting, choice
 from awqc.errors import NonFiniteError
+from awqc.expert_statistics import ExpertStatistics
 from awqc.flow import op_name
 from awqc.graph import Env, Graph, execute
 from awqc.groups import ScaleGroup, ScaleGroups
+from awqc.input_statistics import InputStatistics, split_sample
 from awqc.products import propagation_dtype, rounded_linears
 from awqc.stages import Observer, Stage, Stages
-from awqc.statistics import InputStatistics, Statistics, split_sample
-from awqc.views import linears
+from awqc.statistics import Statistics
+from awqc.views import ExpertLinear, expert_linears, linears
 from awqc.weights import Weights
 
 
@@ -54,6 +57,7 @@ class Activations:
         if self._dtype is not None:
             self.context.report.note("calibration", f"tokens move through products in {self._dtype}")
         self._position = 0
+        self._rerouted = self._rerouting() if self.context.config.calibrate_all_experts else {}
         self._run_static()
         self.samples = [
             {n: batch[str(n.target)].to(self.graph.weights.device) for n in self.graph.inputs}
@@ -73,30 +77,47 @@ class Activations:
             NonFiniteError: if one of them is NaN or Inf; names the first op that made it so.
         """
         statistics = Statistics()
+        device, config = self.graph.weights.device, self.context.config
         for observer in stage.observers:
-            width = observer.linears[0].in_features
-            statistics[observer.node] = InputStatistics.empty(width, self.graph.weights.device)
-        nodes = [o.node for o in stage.observers]
+            if observer.linears:
+                width = observer.linears[0].in_features
+                statistics[observer.node] = InputStatistics.empty(width, device)
+            if observer.stacks:
+                by_expert = ExpertStatistics(observer.stacks[0], config.min_expert_tokens, device)
+                statistics.by_expert[observer.node] = by_expert
+        routed = [s.view for s in statistics.by_expert.values() if s.view not in self._rerouted]
+        dispatched = [node for view in routed for node in (view.x, view.offsets) if node is not None]
         for index, sample in enumerate(self.samples):
-            values = self.evaluate(nodes, sample)
-            for node in nodes:
-                x = values[node].reshape(-1, statistics[node].mean_abs.shape[0])
+            values = self.evaluate([*statistics, *dispatched], sample)
+            for node, found in statistics.items():
+                x = values[node].reshape(-1, found.mean_abs.shape[0])
                 for rows, held_out in split_sample(x, index, len(self.samples)):
-                    statistics[node].add(rows, held_out)
+                    found.add(rows, held_out)
+            for by_expert in statistics.by_expert.values():
+                for expert, x in self._expert_rows(by_expert.view, values, sample):
+                    for rows, held_out in split_sample(x, index, len(self.samples)):
+                        by_expert.add(expert, rows, held_out)
         for observer in stage.observers:
-            found = statistics[observer.node]
-            found.finish()
-            # A NaN or Inf anywhere makes these sums non-finite.
-            total = found.mean_abs.sum() + found.gram.diagonal().sum() + found.held_out.diagonal().sum()
-            if not bool(torch.isfinite(total)):
-                self._raise_non_finite(observer)
+            for found in statistics.finish(observer.node):
+                # A NaN or Inf anywhere makes these sums non-finite.
+                total = found.mean_abs.sum() + found.gram.diagonal().sum() + found.held_out.diagonal().sum()
+                if not bool(torch.isfinite(total)):
+                    self._raise_non_finite(observer)
         return statistics
+
+    def _expert_rows(self, view: ExpertLinear, values: Env, sample: Env) -> Iterable[tuple[int, Tensor]]:
+        if view in self._rerouted:
+            return self._rerouted[view].rows(sample, self.evaluate)
+        if view.offsets is None:
+            # An expert's block has a row for every token; those it does not serve are zero.
+            return enumerate(x[x.any(-1)] for x in values[view.x])
+        return enumerate(view.rows(values[view.x], values[view.offsets]))
 
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``: values computed before it are divided alike."""
         for env in [*self.samples, self.history]:
             for node in list(env):
-                divisor = group.scale_of(node, scales)
+                divisor = group.scale_of(node, scales, env)
                 if divisor is not None:
                     env[node] = env[node] / divisor.to(env[node].dtype)
 
@@ -115,6 +136,18 @@ class Activations:
         varying = dependent_on(self.graph, lambda n: n.op == "placeholder")
         nodes = [n for n in self._nodes if n.op == "call_function" and n not in varying | self.weight_only]
         execute(nodes, self._static, self.graph.weights)
+
+    def _rerouting(self) -> dict[ExpertLinear, Rerouting]:
+        found = {}
+        for view in (view for stage in self.stages for view in stage.stacks):
+            chosen = choice(view)
+            if chosen is not None:
+                found[view] = Rerouting(view, chosen)
+            else:
+                self.context.report.note(
+                    "calibrate", f"{view.name}: no tensor says which experts a token goes to: routed as ever"
+                )
+        return found
 
     def _move(self, end: int) -> None:
         start, self._position = self._position, end
@@ -136,14 +169,23 @@ class Activations:
         self._prune_history(end)
 
     def _live(self, position: int) -> list[fx.Node]:
-        order = self._order
+        order, pinned = self._order, self._pinned(position)
         return [
             n
             for n in self._nodes[:position]
             if n.op in ("call_function", "placeholder")
             and n not in self.weight_only
-            and any(order[u] >= position for u in n.users)
+            and (n in pinned or any(order[u] >= position for u in n.users))
         ]
+
+    def _pinned(self, position: int) -> set[fx.Node]:
+        """What stages from ``position`` on need to know though no op reads it any more."""
+        stages = [stage for stage in self.stages if stage.start >= position]
+        values = [value for stage in stages for group in stage.groups for value in group.values.values()]
+        pinned = {value.routing.key for value in values if value.routing is not None}
+        for view in (view for stage in stages for view in stage.stacks if view in self._rerouted):
+            pinned |= self._rerouted[view].needs
+        return pinned
 
     def _prune_history(self, position: int) -> None:
         """Keep what a check of a later stage can need: from the first value that a group scales on."""
@@ -158,8 +200,11 @@ class Activations:
             ),
             default=len(self._order),
         )
+        pinned = self._pinned(position)
         self.history = {
-            n: v for n, v in self.history.items() if any(self._order[u] >= horizon for u in n.users)
+            n: v
+            for n, v in self.history.items()
+            if n in pinned or any(self._order[u] >= horizon for u in n.users)
         }
 
     def _raise_non_finite(self, observer: Observer) -> None:
@@ -194,7 +239,7 @@ class Activations:
 
 def weight_only(graph: Graph) -> set[fx.Node]:
     """Nodes that depend on parameters that passes may change, and on no input."""
-    changeable = {view.parameter for view in linears(graph)}
+    changeable = {view.parameter for view in (*linears(graph), *expert_linears(graph))}
     if ScaleGroups in graph.facts:
         changeable |= {part.parameter for group in graph.facts[ScaleGroups] for part in group.parts}
     on_inputs = dependent_on(graph, lambda n: n.op == "placeholder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from awqc.context import Context, Progress, Silent
 from awqc.driver import default_pipeline
 from awqc.flags import Flags
 from awqc.graph import Graph
-from awqc.lowered import LoweredLinears
+from awqc.lowered import LoweredExperts, LoweredLinears
+from awqc.packed import PackedModule
 from awqc.pipeline import Pipeline
 from awqc.quantized import packed_bytes
 from awqc.report import Report
@@ -170,9 +172,9 @@ def _report(config: QuantConfig, tokens: CalibrationTokens, source: ModelSource)
 
 def _finish(source: ModelSource, graph: Graph, context: Context, tokens: CalibrationTokens) -> CompiledModel:
     """Put what the passes left in the graph into the model's modules."""
-    lowered = graph.facts[LoweredLinears]
+    lowered, stacks = graph.facts[LoweredLinears], graph.facts[LoweredExperts]
     weights, report = graph.weights, context.report
-    _account(report, source, lowered)
+    _account(report, source, [*lowered.values(), *stacks.values()])
 
     def record() -> SearchRecord:
         hashes = {name: hash_tensor(source.read(name)) for name in source.names()}
@@ -193,11 +195,12 @@ def _finish(source: ModelSource, graph: Graph, context: Context, tokens: Calibra
         return fx.GraphModule({n: shared[n] if n in shared else weights[n] for n in names}, graph.fx)
 
     compilation = Compilation(source, report, record, lowered_graph, context.batches[0])
-    compiled = assemble(module, _dense_tensors(source, weights, lowered), lowered, compilation)
+    gone = {f"{name}.{part}" for name in lowered for part in ("weight", "bias")} | set(stacks)
+    compiled = assemble(module, _dense_tensors(source, weights, gone), lowered, stacks, compilation)
     return compiled
 
 
-def _dense_tensors(source: ModelSource, weights: Weights, lowered: LoweredLinears) -> dict[str, Tensor]:
+def _dense_tensors(source: ModelSource, weights: Weights, gone: set[str]) -> dict[str, Tensor]:
     """Tensors of the result that the source's module does not hold as they are."""
     module = dict(named_tensors(source.module))
     unread = any(tensor.is_meta for tensor in module.values())
@@ -205,7 +208,6 @@ def _dense_tensors(source: ModelSource, weights: Weights, lowered: LoweredLinear
     # A model in memory keeps its dtype; one from disk gets the dtype its device computes fast in.
     dtype = (torch.float32 if on_cpu else source.half) if unread else source.dtype
     changed = weights.changed()
-    gone = {f"{name}.{part}" for name in lowered for part in ("weight", "bias")}
     tensors = {}
     for name, tensor in module.items():
         new = name in changed and not isinstance(changed[name], Rounded)
@@ -215,15 +217,15 @@ def _dense_tensors(source: ModelSource, weights: Weights, lowered: LoweredLinear
     return tensors
 
 
-def _account(report: Report, source: ModelSource, lowered: LoweredLinears) -> None:
+def _account(report: Report, source: ModelSource, lowered: Sequence[PackedModule]) -> None:
     """Sizes: as stored before (16 bits) and after, and what the packed linears hold in memory."""
     dense = sum(t.numel() for _, t in named_tensors(source.module) if t.is_floating_point())
-    linears = sum(linear.in_features * linear.out_features for linear in lowered.values())
-    packed = sum(packed_bytes(m.out_features, m.in_features, m.scheme) for m in lowered.values())
+    linears = sum(m.rows * m.in_features for m in lowered)
+    packed = sum(packed_bytes(m.rows, m.in_features, m.scheme) for m in lowered)
     report.sizes = {
         "linears_before": 2 * linears,
         "linears_after": packed,
         "model_before": 2 * dense,
         "model_after": 2 * (dense - linears) + packed,
-        "linears_resident": sum(t.nbytes for linear in lowered.values() for t in linear.buffers()),
+        "linears_resident": sum(t.nbytes for linear in lowered for t in linear.buffers()),
     }

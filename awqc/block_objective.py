@@ -13,11 +13,11 @@ from torch import Tensor, fx
 
 from awqc.activations import Activations
 from awqc.graph import Graph
-from awqc.views import Linear, linear
+from awqc.views import ExpertLinear, Linear, expert_linear, linear
 from awqc.weights import Weights
 
 
-def meeting_point(graph: Graph, readers: list[Linear]) -> fx.Node:
+def meeting_point(graph: Graph, readers: list[Linear | ExpertLinear]) -> fx.Node:
     """Output of the first linear behind the node through which everything computed by ``readers`` passes."""
     affected = {view.node for view in readers}
     order = graph.order()
@@ -28,7 +28,7 @@ def meeting_point(graph: Graph, readers: list[Linear]) -> fx.Node:
             continue
         affected.add(node)
         position = order[node]
-        if met and linear(node) is not None:
+        if met and (linear(node) or expert_linear(node)):
             return node
         live = [n for n in affected if order[n] <= position and any(order[u] > position for u in n.users)]
         met = met or (position > last and live == [node])
@@ -46,7 +46,7 @@ class BlockObjective:
     """
 
     def __init__(
-        self, graph: Graph, activations: Activations, readers: list[Linear], samples: int = 4
+        self, graph: Graph, activations: Activations, readers: list[Linear | ExpertLinear], samples: int = 4
     ) -> None:
         self._activations = activations
         self._weights = graph.weights

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from awqc.checkpoints.record import SearchRecord
-from awqc.lowered import LoweredLinears
+from awqc.experts import QuantExperts, replace_expert_weights
+from awqc.lowered import LoweredExperts, LoweredLinears
 from awqc.report import Report
 from awqc.runtime import QuantLinear, replace_linears
 from awqc.saving import save
@@ -68,6 +69,10 @@ class CompiledModel(nn.Module):
         """Every quantized linear by module name."""
         return {name: m for name, m in self.named_modules() if isinstance(m, QuantLinear)}
 
+    def quantized_experts(self) -> dict[str, QuantExperts]:
+        """Every quantized stack of experts' weights by the name of its parameter."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, QuantExperts)}
+
     def save(
         self, path: str | Path, format: str = "awq", *, overwrite: bool = False, check: bool = True
     ) -> Path:
@@ -97,7 +102,11 @@ def structural_copy(module: nn.Module) -> nn.Module:
 
 
 def assemble(
-    module: nn.Module, tensors: Mapping[str, Tensor], linears: LoweredLinears, compilation: Compilation
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    linears: LoweredLinears,
+    stacks: LoweredExperts,
+    compilation: Compilation,
 ) -> CompiledModel:
     """Make ``module`` the compiled model.
 
@@ -105,9 +114,11 @@ def assemble(
         module: its own modules are changed; see :func:`structural_copy`.
         tensors: new values of parameters and buffers by name; all others stay.
         linears: quantized linears by module name.
+        stacks: quantized weights of experts by parameter name.
         compilation: what the result carries along.
     """
     replace_linears(module, linears)
+    replace_expert_weights(module, stacks)
     _replace_tensors(module, tensors)
     cls = type(module)
     module.__class__ = type(cls.__name__, (CompiledModel, cls), {"__module__": cls.__module__})

@@ -25,6 +25,10 @@ class QuantConfig:
             before them, or those of the float model.
         propagate_dtype: precision of the matrix products that compute what later stages see; ``auto`` is
             bfloat16 where the device multiplies it faster. Statistics are float32 always.
+        min_expert_tokens: calibration tokens below which an expert is quantized by the statistics of all
+            experts of its layer.
+        calibrate_all_experts: send every token to every expert while statistics are taken; what moves on
+            to later layers is routed as ever.
         keep: linears to leave in float, by name or shell-style pattern (``"*.down_proj"``).
         quantize_head: also quantize the linear that computes the model's output.
         require_coverage: share of the parameters to be quantized, 0 to 1, that must be in a scale group; the
@@ -40,6 +44,8 @@ class QuantConfig:
     zero_point: bool = True
     propagate: Propagate = "quantized"
     propagate_dtype: PropagateDtype = "auto"
+    min_expert_tokens: int = 128
+    calibrate_all_experts: bool = False
     keep: tuple[str, ...] = ()
     quantize_head: bool = False
     require_coverage: float = 0.0
@@ -53,7 +59,8 @@ class QuantConfig:
             raise ConfigError(
                 f"propagate_dtype={self.propagate_dtype!r}: choose 'auto', 'float32' or 'bfloat16'"
             )
-
+        if self.min_expert_tokens < 0:
+            raise ConfigError(f"min_expert_tokens={self.min_expert_tokens}: give a number of tokens, or 0")
         if not 0 <= self.require_coverage <= 1:
             raise ConfigError(f"require_coverage={self.require_coverage}: give a share between 0 and 1")
 

@@ -6,4 +6,5 @@ from awqc.quantized import Grid
 
 
 class Grids(dict[str, Grid]):
-    """Grid by weight parameter name; a linear without one is rounded on its min-max grid."""
+    """Grid by weight parameter name, that of experts with their number in front; a linear without one is
+    rounded on its min-max grid."""

@@ -12,7 +12,7 @@ from awqc.capture import capture
 from awqc.checkpoints import Checkpoint, open_checkpoint
 from awqc.compiled import Compilation, CompiledModel, assemble
 from awqc.errors import CheckpointError
-from awqc.lowered import LoweredLinears
+from awqc.lowered import LoweredExperts, LoweredLinears
 from awqc.lowering import lower_linear
 from awqc.report import REPORT_FILE, Report
 from awqc.runtime import QuantLinear
@@ -80,7 +80,9 @@ def load(
         attributes = {str(n.target): captured.weights[str(n.target)] for n in captured.parameters().values()}
         return fx.GraphModule(attributes, captured.fx)
 
-    model = assemble(module, tensors, lowered, Compilation(source, report, None, graph, sample))
+    model = assemble(
+        module, tensors, lowered, LoweredExperts(), Compilation(source, report, None, graph, sample)
+    )
     return model
 
 

@@ -31,6 +31,8 @@ class PackedModule(nn.Module):
         self.scheme = lowered.shape.scheme
         self.in_features = lowered.shape.in_features
         self.out_features = lowered.shape.out_features
+        #: Rows of the weight, of all experts.
+        self.rows = self.out_features * (lowered.shape.expert_count or 1)
         for name, tensor in (*packed.tensors.items(), *packed.kept.items()):
             self.register_buffer(name, tensor)
         self._lowered_for = lowered.shape

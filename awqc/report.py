@@ -34,6 +34,9 @@ class LinearRow:
         rounding: how codes were chosen: ``nearest`` or ``compensated``.
         backend: what runs it.
         notes: approximations and fallbacks.
+        expert_count: E, where this is one linear of each of E experts; errors are then sums over experts.
+        expert_tokens: calibration tokens of each expert that searches used.
+        borrowing: experts with too few tokens, searched on the statistics of the whole layer.
     """
 
     name: str
@@ -51,11 +54,14 @@ class LinearRow:
     rounding: str = ""
     backend: str = ""
     notes: list[str] = field(default_factory=list)
+    expert_count: int | None = None
+    expert_tokens: list[int] = field(default_factory=list)
+    borrowing: int = 0
 
     @property
     def parameters(self) -> int:
-        """Number of weights, ``N * K``."""
-        return self.out_features * self.in_features
+        """Number of weights, ``N * K``, of all experts."""
+        return self.out_features * self.in_features * (self.expert_count or 1)
 
 
 @dataclass

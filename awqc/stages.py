@@ -12,7 +12,7 @@ from torch import fx
 
 from awqc.graph import Graph
 from awqc.groups import ScaleGroup, ScaleGroups
-from awqc.views import Linear, linears
+from awqc.views import ExpertLinear, Linear, expert_linear, linear
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,23 @@ class Observer:
         node: what computes it.
         linears: the linears that read it, in execution order.
         group: the scale group whose scale divides it, if any.
+        stacks: the linears of experts that read it, each expert its own rows.
     """
 
     node: fx.Node
     linears: tuple[Linear, ...]
     group: ScaleGroup | None
+    stacks: tuple[ExpertLinear, ...] = ()
+
+    @property
+    def views(self) -> tuple[Linear | ExpertLinear, ...]:
+        """Linears and stacks."""
+        return (*self.linears, *self.stacks)
 
     @property
     def name(self) -> str:
         """The first linear's name: what the report calls this activation."""
-        return self.linears[0].name
+        return self.views[0].name
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,11 @@ class Stage:
         return [view for observer in self.observers for view in observer.linears]
 
     @property
+    def stacks(self) -> list[ExpertLinear]:
+        """All linears of experts of the stage."""
+        return [view for observer in self.observers for view in observer.stacks]
+
+    @property
     def groups(self) -> list[ScaleGroup]:
         """The distinct scale groups of the stage's activations."""
         unique = {id(o.group): o.group for o in self.observers if o.group is not None}
@@ -77,15 +89,27 @@ class Stages:
 
 
 def place_observers(graph: Graph, kept: Mapping[str, str]) -> Observers:
-    """One observer for every distinct activation that a linear not in ``kept`` reads."""
+    """One observer for every distinct activation that linears or stacks not in ``kept`` read."""
     groups = graph.facts[ScaleGroups]
-    readers: dict[fx.Node, list[Linear]] = {}
-    seen: set[str] = set()
-    for view in linears(graph):
-        if view.parameter not in kept and view.parameter not in seen:
+    readers: dict[fx.Node, list[Linear | ExpertLinear]] = {}
+    seen = set(kept)
+    for node in graph.nodes:
+        view = linear(node) or expert_linear(node)
+        if view is not None and view.parameter not in seen:
             seen.add(view.parameter)
-            readers.setdefault(view.input, []).append(view)
-    return Observers(tuple(Observer(n, tuple(vs), groups.of(vs[0].parameter)) for n, vs in readers.items()))
+            read = view.input if isinstance(view, Linear) else view.x
+            readers.setdefault(read, []).append(view)
+    return Observers(
+        tuple(
+            Observer(
+                node,
+                tuple(view for view in views if isinstance(view, Linear)),
+                groups.of(views[0].parameter),
+                tuple(view for view in views if isinstance(view, ExpertLinear)),
+            )
+            for node, views in readers.items()
+        )
+    )
 
 
 def split_stages(graph: Graph, observers: Observers) -> Stages:
@@ -96,8 +120,7 @@ def split_stages(graph: Graph, observers: Observers) -> Stages:
         key = id(observer.group) if observer.group is not None else id(observer)
         by_group.setdefault(key, []).append(observer)
     starts = sorted(
-        (min(order[view.node] for o in members for view in o.linears), members)
-        for members in by_group.values()
+        (min(order[view.node] for o in members for view in o.views), members) for members in by_group.values()
     )
     ends = [start for start, _ in starts[1:]] + [order[graph.output]]
     return Stages(

@@ -1,79 +1,38 @@
-"""What is summed up over the calibration tokens: Gram matrices and mean magnitudes of activations."""
+"""The statistics of a stage's activations, a fact that searches rest on."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
+from awqc.expert_statistics import ExpertStatistics
 from awqc.groups import ScaleGroup
-
-#: One sample in this many is held out from every search, to judge what the search proposes.
-HELD_OUT_EVERY = 8
-#: Width of the column blocks of which only the upper triangle of a Gram matrix is computed.
-_GRAM_BLOCK = 256
-
-
-@dataclass
-class InputStatistics:
-    """What is known of one activation ``x`` over the calibration tokens.
-
-    Args:
-        gram: ``(K, K)`` sum of ``x x^T`` over the tokens that searches may use, float32.
-        held_out: ``(K, K)`` the same over tokens that searches never see.
-        mean_abs: ``(K,)`` mean of ``|x|`` over the search tokens.
-        tokens, held_out_tokens: how many of each.
-    """
-
-    gram: Tensor
-    held_out: Tensor
-    mean_abs: Tensor
-    tokens: int = 0
-    held_out_tokens: int = 0
-
-    @staticmethod
-    def empty(width: int, device: torch.device) -> InputStatistics:
-        """Sums over no tokens of an activation of ``width`` channels."""
-
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float32, device=device)
-
-        return InputStatistics(zeros(width, width), zeros(width, width), zeros(width))
-
-    def add(self, x: Tensor, held_out: bool) -> None:
-        """Account for activations ``(tokens, K)``."""
-        x = x.float()
-        if held_out:
-            _add_gram(self.held_out, x)
-            self.held_out_tokens += len(x)
-        else:
-            _add_gram(self.gram, x)
-            self.mean_abs += x.abs().sum(0)
-            self.tokens += len(x)
-
-    def finish(self) -> None:
-        """Complete the symmetric halves and turn sums into means."""
-        for gram in (self.gram, self.held_out):
-            for i in range(_GRAM_BLOCK, len(gram), _GRAM_BLOCK):
-                gram[i:, i - _GRAM_BLOCK : i] = gram[i - _GRAM_BLOCK : i, i:].T
-        self.mean_abs /= max(self.tokens, 1)
-
-    def fold(self, divisor: Tensor) -> None:
-        """The statistics of ``x / divisor``: ``H -> diag(1/s) H diag(1/s)``, exact."""
-        for gram in (self.gram, self.held_out):
-            gram.div_(divisor[:, None]).div_(divisor)
-        self.mean_abs /= divisor
-
-
-def _add_gram(gram: Tensor, x: Tensor) -> None:
-    for i in range(0, len(gram), _GRAM_BLOCK):
-        gram[i : i + _GRAM_BLOCK, i:].addmm_(x[:, i : i + _GRAM_BLOCK].T, x[:, i:])
+from awqc.input_statistics import InputStatistics
+from awqc.matrices import Matrix
 
 
 class Statistics(dict[fx.Node, InputStatistics]):
-    """Statistics of a stage's activations, by observed node."""
+    """Statistics of a stage's activations that linears read, by observed node; and in :attr:`by_expert`
+    those of activations that experts read, each expert its own rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_expert: dict[fx.Node, ExpertStatistics] = {}
+
+    def of(self, node: fx.Node, matrix: Matrix) -> InputStatistics:
+        """What to judge ``matrix``, which reads ``node``, by."""
+        return self[node] if matrix.index is None else self.by_expert[node][matrix.index]
+
+    def finish(self, node: fx.Node) -> list[InputStatistics]:
+        """Complete the sums of ``node``: those of linears, those of the layer whose experts read it."""
+        found = []
+        if node in self:
+            self[node].finish()
+            found.append(self[node])
+        if node in self.by_expert:
+            self.by_expert[node].finish()
+            found.append(self.by_expert[node].layer)
+        return found
 
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``."""
@@ -81,12 +40,12 @@ class Statistics(dict[fx.Node, InputStatistics]):
             divisor = group.scale_of(node, scales)
             if divisor is not None:
                 statistics.fold(divisor.reshape(-1).expand(statistics.mean_abs.shape).float())
+        for node, by_expert in self.by_expert.items():
+            if node in group.values:
+                by_expert.fold(column_scales(*group.at_experts(by_expert.view), scales).float())
 
 
-def split_sample(x: Tensor, index: int, count: int) -> Sequence[tuple[Tensor, bool]]:
-    """Rows of one sample with whether they are held out; a lone sample gives up its last rows."""
-    if count == 1:
-        cut = max(1, len(x) - max(1, len(x) // HELD_OUT_EVERY))
-        return [(x[:cut], False), (x[cut:], True)] if cut < len(x) else [(x, False), (x, True)]
-    every = min(HELD_OUT_EVERY, count)
-    return [(x, index % every == every - 1)]
+def column_scales(ids: Tensor, degree: float, scales: Tensor) -> Tensor:
+    """What divides each column whose channel is ``ids`` (of any shape), 1 where that is -1."""
+    padded = torch.cat([scales, scales.new_ones(1)])  # id -1 picks the last element
+    return padded[ids.to(scales.device)] ** degree

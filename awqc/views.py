@@ -309,3 +309,34 @@ class QLinear:
         """The bias ``(N,)``, or None."""
         bias = operand(self.node, 4)
         return bias if isinstance(bias, fx.Node) else None
+
+    @property
+    def inputs(self) -> tuple[fx.Node | None, ...]:
+        """Operands that stay when the weight is packed."""
+        return (self.x,)
+
+
+@dataclass(frozen=True)
+class QExperts:
+    """``y = awqc.qexperts(x, offsets, codes, scales, zeros, group_size)``, codes a tensor of the graph.
+
+    Args:
+        node: the call.
+    """
+
+    node: fx.Node
+
+    @property
+    def name(self) -> str:
+        """The name of the parameter that held the weights."""
+        return str(operand(self.node, 2).target).removesuffix(".codes")
+
+    @property
+    def bias(self) -> None:
+        """A bias of experts is added apart."""
+        return None
+
+    @property
+    def inputs(self) -> tuple[fx.Node | None, ...]:
+        """Operands that stay when the weight is packed."""
+        return operand(self.node, 0), operand(self.node, 1)

@@ -9,11 +9,13 @@ from awqc.activations import Activations
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.loss import GATE_ROWS, output_loss
+from awqc.matrices import matrices
 from awqc.pipeline import Pass
 from awqc.quantized import minmax_grid, sample_rows
 from awqc.schemes import Schemes
 from awqc.stages import Observers, Stages
 from awqc.statistics import Statistics
+from awqc.views import ExpertLinear
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,23 @@ class Calibrate(Pass):
         graph.facts[Statistics] = statistics
         schemes = graph.facts[Schemes]
         for observer in context.stage.observers:
-            found = statistics[observer.node]
+            by_expert = statistics.by_expert.get(observer.node)
             if observer.group is not None:
+                found = statistics[observer.node] if by_expert is None else by_expert.layer
                 group = context.report.groups[observer.group.name]
                 group.tokens, group.held_out_tokens = found.tokens, found.held_out_tokens
-            for view in observer.linears:
+            for view in observer.views:
+                row = context.report.linears[view.parameter]
+                if by_expert is not None and isinstance(view, ExpertLinear):
+                    row.expert_tokens, row.borrowing = by_expert.tokens, by_expert.borrowing
                 if view.parameter not in schemes:
                     continue
                 # The yardstick of everything that follows: round-to-nearest, before anything is changed.
-                weight = sample_rows(view.weight(graph.weights[view.parameter]).float(), GATE_ROWS)
-                error = minmax_grid(weight, schemes[view.parameter]).nearest(weight) - weight
-                row = context.report.linears[view.parameter]
-                row.energy = float(output_loss(weight, found.held_out))
-                row.nearest_error = float(output_loss(error, found.held_out)) / (row.energy or 1.0)
+                row.energy, total = 0.0, 0.0
+                for matrix in matrices(view):
+                    held_out = statistics.of(observer.node, matrix).held_out
+                    weight = sample_rows(matrix.weight(graph.weights), GATE_ROWS)
+                    error = minmax_grid(weight, schemes[view.parameter]).nearest(weight) - weight
+                    row.energy += float(output_loss(weight, held_out))
+                    total += float(output_loss(error, held_out))
+                row.nearest_error = total / (row.energy or 1.0)

@@ -1,7 +1,7 @@
 """Choose each group's grid by exact loss over a ladder of clipped ranges.
 
 Lossy: it fixes what values the codes can take. A linear keeps the min-max grid where clipping does not
-lower its error on held-out tokens.
+lower its error on held-out tokens. Each expert has a grid of its own.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from awqc.clipping import SHRINKS, clipped_grid
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
+from awqc.input_statistics import InputStatistics
 from awqc.loss import GATE_ROWS, gram_blocks, output_loss
+from awqc.matrices import matrices, together
 from awqc.pipeline import Pass
-from awqc.quantized import minmax_grid, sample_rows
+from awqc.quantized import Grid, Scheme, minmax_grid, sample_rows
 from awqc.schemes import Schemes
 from awqc.statistics import Statistics
 
@@ -40,23 +44,25 @@ class ClipWeights(Pass):
         assert context.stage is not None
         schemes, grids = graph.facts[Schemes], Grids()
         for observer in context.stage.observers:
-            statistics = graph.facts[Statistics][observer.node]
-            for view in observer.linears:
+            for view in observer.views:
                 scheme = schemes.get(view.parameter)
                 if scheme is None:
                     continue
-                weight = view.weight(graph.weights[view.parameter]).float()
-                blocks = gram_blocks(statistics.gram, scheme.group(view.in_features))
-                clipped, share = clipped_grid(weight, scheme, blocks, self.shrinks)
-                full = minmax_grid(weight, scheme)
-                rows = sample_rows(weight, GATE_ROWS)
-                losses = [
-                    float(output_loss(grid.sample(GATE_ROWS).nearest(rows) - rows, statistics.held_out))
-                    for grid in (full, clipped)
-                ]
-                row = context.report.linears[view.parameter]
-                if losses[1] < losses[0]:
-                    grids[view.parameter], row.clipped = clipped, float(1 - share.mean())
-                else:
-                    grids[view.parameter], row.clipped = full, 0.0
+                chosen = []
+                for matrix in matrices(view):
+                    statistics = graph.facts[Statistics].of(observer.node, matrix)
+                    chosen.append(self._grid(matrix.weight(graph.weights), scheme, statistics))
+                grids[view.parameter] = together(view, [grid for grid, _ in chosen])
+                context.report.linears[view.parameter].clipped = sum(cut for _, cut in chosen) / len(chosen)
         graph.facts[Grids] = grids
+
+    def _grid(self, weight: Tensor, scheme: Scheme, statistics: InputStatistics) -> tuple[Grid, float]:
+        """The grid of ``weight`` ``(N, K)`` and the mean share of its range that is cut off."""
+        blocks = gram_blocks(statistics.gram, scheme.group(weight.shape[1]))
+        clipped, share = clipped_grid(weight, scheme, blocks, self.shrinks)
+        full, rows = minmax_grid(weight, scheme), sample_rows(weight, GATE_ROWS)
+        before, after = (
+            float(output_loss(grid.sample(GATE_ROWS).nearest(rows) - rows, statistics.held_out))
+            for grid in (full, clipped)
+        )
+        return (clipped, float(1 - share.mean())) if after < before else (full, 0.0)

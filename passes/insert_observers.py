@@ -1,7 +1,8 @@
 """Decide what is observed: every activation that a linear to be quantized reads.
 
-Also decides, and reports, which linears are kept in float: those the user named, and the one that
-computes the model's output (its error is not averaged by anything after it) unless asked for.
+Also decides, and reports, which linears are kept in float: those the user named, those that route tokens
+to experts (a small error there is a different expert), and the one that computes the model's output (its
+error is not averaged by anything after it) unless asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import ClassVar
 
 from awqc.config import QuantConfig
 from awqc.context import Context
+from awqc.dispatch import routers
 from awqc.errors import ConfigError
 from awqc.graph import Graph
 from awqc.groups import ScaleGroups
@@ -19,7 +21,7 @@ from awqc.pipeline import Pass
 from awqc.report import GroupRow, LinearRow
 from awqc.schemes import Schemes
 from awqc.stages import Observers, Stages, place_observers, split_stages
-from awqc.views import Linear, linears
+from awqc.views import ExpertLinear, Linear, expert_linear, linear
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class InsertObservers(Pass):
     provides: ClassVar[tuple[type, ...]] = (Observers, Stages, Schemes)
 
     def run(self, graph: Graph, context: Context) -> None:
-        views = {view.parameter: view for view in linears(graph)}
-        groups, config = graph.facts[ScaleGroups], context.config
-        kept = {p: why for p, view in views.items() if (why := _why_kept(view, config)) is not None}
+        views: dict[str, Linear | ExpertLinear] = {
+            view.parameter: view for node in graph.nodes if (view := linear(node) or expert_linear(node))
+        }
+        groups, config, decides = graph.facts[ScaleGroups], context.config, routers(graph)
+        kept = {p: why for p, view in views.items() if (why := _why_kept(view, config, decides)) is not None}
         _check_any_left(views, kept)
         _check_group_size([v for p, v in views.items() if p not in kept], config)
         graph.facts[Schemes] = Schemes({p: config.scheme for p in views if p not in kept})
@@ -54,6 +58,7 @@ class InsertObservers(Pass):
                 scheme="" if parameter in kept else str(config.scheme),
                 group=group.name if group else None,
                 no_group=groups.refusals.get(parameter, ""),
+                expert_count=view.count if isinstance(view, ExpertLinear) else None,
             )
         for group in groups:
             names = [views[p].name for p in group.linears]
@@ -62,20 +67,24 @@ class InsertObservers(Pass):
             )
 
 
-def _why_kept(view: Linear, config: QuantConfig) -> str | None:
+def _why_kept(view: Linear | ExpertLinear, config: QuantConfig, decides: Mapping[str, str]) -> str | None:
     pattern = config.keeps(view.name)
     if pattern is not None:
         return f"matches keep pattern {pattern!r}"
+    if view.parameter in decides:
+        return f"decides which experts of {decides[view.parameter]} a token goes to"
+    if view.out_features == 1:
+        return "has a single output: nothing to gain"
     if not config.quantize_head and any(user.op == "output" for user in view.node.users):
         return "computes the model's output (quantize_head=True quantizes it)"
-    if not view.parameter.endswith(".weight"):
+    if isinstance(view, Linear) and not view.parameter.endswith(".weight"):
         return "its weight is a parameter of its own, not that of a module that could be replaced"
     if view.other_readers:
         return f"its weight is also read by {view.other_readers[0].name}, so it must stay in float"
     return None
 
 
-def _check_any_left(views: Mapping[str, Linear], kept: Mapping[str, str]) -> None:
+def _check_any_left(views: Mapping[str, Linear | ExpertLinear], kept: Mapping[str, str]) -> None:
     if not views:
         raise ConfigError("nothing to quantize: the graph holds no linear over a parameter")
     if len(kept) == len(views):
@@ -86,7 +95,7 @@ def _check_any_left(views: Mapping[str, Linear], kept: Mapping[str, str]) -> Non
         )
 
 
-def _check_group_size(views: list[Linear], config: QuantConfig) -> None:
+def _check_group_size(views: list[Linear | ExpertLinear], config: QuantConfig) -> None:
     size = config.group_size
     widths = sorted({view.in_features for view in views})
     if size != -1 and widths and not any(width % size == 0 for width in widths):

@@ -1,6 +1,7 @@
 """Lower every quantized linear to the op of a backend, on that backend's packed weights.
 
-    awqc.qlinear(x, codes, scales, zeros, b, g)  ->  backend op(x, packed..., constants)
+    awqc.qlinear(x, codes, scales, zeros, b, g)         ->  backend op(x, packed..., constants)
+    awqc.qexperts(x, offsets, codes, scales, zeros, g)  ->  backend op(x, offsets, packed..., constants)
 
 A backend that refuses a linear is replaced by the reference for it, and the report says so.
 """
@@ -15,13 +16,16 @@ from torch import fx
 
 from awqc.backend import Backend
 from awqc.context import Context
+from awqc.experts import QuantExperts
 from awqc.graph import Graph
-from awqc.lowered import LoweredLinears, QuantizedLinears
-from awqc.lowering import lower_linear
+from awqc.lowered import LoweredExperts, LoweredLinears, QuantizedLinears
+from awqc.lowering import Lowered, lower_linear
+from awqc.packed import PackedModule
 from awqc.passes.quantize_linears import parameter
 from awqc.pipeline import Pass
+from awqc.report import LinearRow
 from awqc.runtime import QuantLinear
-from awqc.views import QLinear
+from awqc.views import QExperts, QLinear
 
 
 @dataclass(frozen=True)
@@ -34,41 +38,49 @@ class Lower(Pass):
 
     name: ClassVar[str] = "lower"
     requires: ClassVar[tuple[type, ...]] = (QuantizedLinears,)
-    provides: ClassVar[tuple[type, ...]] = (LoweredLinears,)
+    provides: ClassVar[tuple[type, ...]] = (LoweredLinears, LoweredExperts)
     consumes: ClassVar[tuple[type, ...]] = (QuantizedLinears,)
     output: ClassVar = "lossy"
 
     backend: str | Backend = "auto"
 
     def run(self, graph: Graph, context: Context) -> None:
-        weights, found = graph.facts[QuantizedLinears], LoweredLinears()
+        linears, stacks = LoweredLinears(), LoweredExperts()
         rows = {row.name: row for row in context.report.linears.values()}
         for node in graph.nodes:
-            if node.target is not torch.ops.awqc.qlinear.default:
-                continue
-            view = QLinear(node)
-            name, bias = view.name, view.bias
-            if name not in found:
-                lowered = lower_linear(
-                    weights[name],
-                    None if bias is None else graph.weights[str(bias.target)],
-                    node.meta["val"].dtype,
-                    graph.weights.device,
-                    self.backend,
-                )
-                found[name] = QuantLinear(lowered)
-                rows[name].backend = lowered.backend.name
-                rows[name].notes += lowered.packed.notes
-                # With "auto" a refusal is the choice at work; of a backend that was named it is news.
-                if self.backend != "auto":
-                    rows[name].notes += [f"{other} refused: {why}" for other, why in lowered.refused.items()]
-            _rewire(graph, view, found[name])
+            if node.target is torch.ops.awqc.qlinear.default:
+                view = QLinear(node)
+                if view.name not in linears:
+                    linears[view.name] = QuantLinear(self._lower(graph, view, rows[view.name]))
+                _rewire(graph, view, linears[view.name])
+            elif node.target is torch.ops.awqc.qexperts.default:
+                stack = QExperts(node)
+                name, rounded = stack.name, graph.weights.rounded(stack.name)
+                if name not in stacks:
+                    lowered = self._lower(graph, stack, context.report.linears[name])
+                    stacks[name] = QuantExperts(lowered, rounded is not None and rounded.transposed)
+                _rewire(graph, stack, stacks[name])
         graph.fx.eliminate_dead_code()
-        graph.facts[LoweredLinears] = found
+        graph.facts[LoweredLinears], graph.facts[LoweredExperts] = linears, stacks
         graph.changed()
 
+    def _lower(self, graph: Graph, view: QLinear | QExperts, row: LinearRow) -> Lowered:
+        lowered = lower_linear(
+            graph.facts[QuantizedLinears][view.name],
+            None if view.bias is None else graph.weights[str(view.bias.target)],
+            view.node.meta["val"].dtype,
+            graph.weights.device,
+            self.backend,
+        )
+        row.backend = lowered.backend.name
+        row.notes += lowered.packed.notes
+        # With "auto" a refusal is the choice at work; of a backend that was named it is news.
+        if self.backend != "auto":
+            row.notes += [f"{other} refused: {why}" for other, why in lowered.refused.items()]
+        return lowered
 
-def _rewire(graph: Graph, view: QLinear, linear: QuantLinear) -> None:
+
+def _rewire(graph: Graph, view: QLinear | QExperts, linear: PackedModule) -> None:
     there, node = graph.parameters(), view.node
     operands: list[fx.Node | None] = []
     for part, tensor in linear.operands().items():
@@ -78,7 +90,7 @@ def _rewire(graph: Graph, view: QLinear, linear: QuantLinear) -> None:
         else:
             operands.append(there.get(full) or parameter(graph, full, tensor, before=node))
     with graph.fx.inserting_before(node):
-        new = graph.fx.call_function(linear.op, (view.x, *operands, *linear.constants))
+        new = graph.fx.call_function(linear.op, (*view.inputs, *operands, *linear.constants))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.fx.erase_node(node)

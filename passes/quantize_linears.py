@@ -1,6 +1,8 @@
 """Replace every rounded linear by the canonical quantized op.
 
-aten.linear(x, W, b)  ->  awqc.qlinear(x, codes, scales, zeros, b, group_size)
+aten.linear(x, W, b)                ->  awqc.qlinear(x, codes, scales, zeros, b, group_size)
+awqc.grouped_linear(x, W, offsets)  ->  awqc.qexperts(x, offsets, codes, scales, zeros, group_size)
+aten.bmm(x, W)                      ->  awqc.qexperts(x, None, codes, scales, zeros, group_size)
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from torch import Tensor, fx
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.kernels import qlinear as _qlinear  # noqa: F401  defines the op
+from awqc.kernels import qexperts as _qexperts  # noqa: F401  defines the ops
 from awqc.lowered import QuantizedLinears
 from awqc.pipeline import Pass
-from awqc.views import Linear, linears
+from awqc.views import ExpertLinear, Linear, expert_linears, linears
 
 
 @dataclass(frozen=True)
@@ -29,30 +31,35 @@ class QuantizeLinears(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         found = QuantizedLinears()
-        for view in list(linears(graph)):
+        for view in [*linears(graph), *expert_linears(graph)]:
             rounded = graph.weights.rounded(view.parameter)
             if rounded is None:
                 _kept_after_all(context, view)
                 continue
-            weight = rounded.weight
-            operands = [
-                parameter(graph, f"{view.name}.{part}", getattr(weight, part), before=view.node)
+            weight, stacked = rounded.weight, isinstance(view, ExpertLinear)
+            name = view.parameter if stacked else view.name
+            codes, scales, zeros = (
+                parameter(graph, f"{name}.{part}", getattr(weight, part), before=view.node)
                 for part in ("codes", "scales", "zeros")
-            ]
+            )
+            size = weight.scheme.group_size
             with graph.fx.inserting_before(view.node):
-                node = graph.fx.call_function(
-                    torch.ops.awqc.qlinear.default, (view.x, *operands, view.bias, weight.scheme.group_size)
-                )
+                if stacked:
+                    args = (view.x, view.offsets, codes, scales, zeros, size)
+                    node = graph.fx.call_function(torch.ops.awqc.qexperts.default, args)
+                else:
+                    args = (view.x, codes, scales, zeros, view.bias, size)
+                    node = graph.fx.call_function(torch.ops.awqc.qlinear.default, args)
             node.meta = dict(view.node.meta)
             view.node.replace_all_uses_with(node)
             graph.fx.erase_node(view.node)
-            found[view.name] = weight
+            found[name] = weight
         graph.fx.eliminate_dead_code()
         graph.facts[QuantizedLinears] = found
         graph.changed()
 
 
-def _kept_after_all(context: Context, view: Linear) -> None:
+def _kept_after_all(context: Context, view: Linear | ExpertLinear) -> None:
     """A linear that was to be quantized and that a pass took back, or for which there was none."""
     row = context.report.linears.get(view.parameter)
     if row is not None and row.decision == "quantized":

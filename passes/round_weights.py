@@ -1,14 +1,15 @@
 """Round each linear's weight to its grid: with error compensation, or to the nearest.
 
 Compensated rounding (GPTQ) uses the same Gram matrix as the search. It is kept for a linear only where it
-lowers the error on held-out tokens. Without it in the pipeline, or with ``method="nearest"``, codes are
-the nearest on the grid.
+lowers the error on held-out tokens, each expert by its own. Without it in the pipeline, or with
+``method="nearest"``, codes are the nearest on the grid.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +17,25 @@ from torch import Tensor
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
+from awqc.input_statistics import InputStatistics
 from awqc.loss import GATE_ROWS, output_loss
+from awqc.matrices import apart, matrices
 from awqc.pipeline import Pass
-from awqc.quantized import Grid, Scheme, from_codes, minmax_grid, sample_rows
+from awqc.quantized import Grid, QuantizedWeight, Scheme, from_codes, minmax_grid, sample_rows, stack
 from awqc.rounding import ColumnGrid, compensated_codes, descend, feedback, in_place, visiting_order
 from awqc.schemes import Schemes
-from awqc.statistics import InputStatistics, Statistics
-from awqc.views import Linear
+from awqc.stages import Observer
+from awqc.statistics import Statistics
+from awqc.views import ExpertLinear, Linear
 from awqc.weights import Rounded
+
+
+class _Rounded(NamedTuple):
+    """A rounded matrix, its loss on held-out tokens, and how it was rounded."""
+
+    weight: QuantizedWeight
+    error: float
+    rounding: str
 
 
 @dataclass(frozen=True)
@@ -48,38 +60,58 @@ class RoundWeights(Pass):
         assert context.stage is not None
         schemes = graph.facts[Schemes]
         for observer in context.stage.observers:
-            by_scheme: dict[Scheme, list[Linear]] = {}
-            for view in observer.linears:
+            by_scheme: dict[tuple[Scheme, bool], list[Linear | ExpertLinear]] = {}
+            for view in observer.views:
                 if view.parameter in schemes:
-                    by_scheme.setdefault(schemes[view.parameter], []).append(view)
-            # Linears that read the same input are rounded as one: the work of a step is per column.
+                    key = schemes[view.parameter], isinstance(view, ExpertLinear)
+                    by_scheme.setdefault(key, []).append(view)
             for views in by_scheme.values():
-                self._round(graph, context, graph.facts[Statistics][observer.node], views)
+                self._round(graph, context, observer, views)
 
     def _round(
-        self, graph: Graph, context: Context, statistics: InputStatistics, views: list[Linear]
+        self, graph: Graph, context: Context, observer: Observer, views: Sequence[Linear | ExpertLinear]
     ) -> None:
+        """Round ``views``, all of them linears or all of them stacks, which share an input and a scheme."""
         schemes, chosen = graph.facts[Schemes], graph.facts.get(Grids) or Grids()
-        weights = [view.weight(graph.weights[view.parameter]).float() for view in views]
-        grids = [
-            chosen.get(view.parameter) or minmax_grid(weight, schemes[view.parameter])
-            for view, weight in zip(views, weights, strict=True)
-        ]
+        found: dict[str, list[_Rounded]] = {view.parameter: [] for view in views}
+        grids = {v.parameter: apart(v, chosen[v.parameter]) for v in views if v.parameter in chosen}
+        # What reads the same input is rounded as one: the work of a step is per column.
+        for index, group in enumerate(zip(*map(matrices, views), strict=True)):
+            weights = [matrix.weight(graph.weights) for matrix in group]
+            on = [
+                grids[matrix.parameter][index]
+                if matrix.parameter in grids
+                else minmax_grid(weight, schemes[matrix.parameter])
+                for matrix, weight in zip(group, weights, strict=True)
+            ]
+            statistics = graph.facts[Statistics].of(observer.node, group[0])
+            for matrix, rounded in zip(group, self._rounded(weights, on, statistics), strict=True):
+                found[matrix.parameter].append(rounded)
+        for view in views:
+            rounded, row = found[view.parameter], context.report.linears[view.parameter]
+            row.scheme = str(schemes[view.parameter])
+            how = [one.rounding for one in rounded]
+            row.rounding = how[0] if len(set(how)) == 1 else f"{how.count('compensated')} compensated"
+            row.error = sum(one.error for one in rounded) / (row.energy or 1.0)
+            weights = [one.weight for one in rounded]
+            weight = stack(weights) if isinstance(view, ExpertLinear) else weights[0]
+            graph.weights[view.parameter] = Rounded(weight, view.transposed)
+
+    def _rounded(
+        self, weights: list[Tensor], grids: list[Grid], statistics: InputStatistics
+    ) -> Iterator[_Rounded]:
+        """Each of ``weights`` ``(N, K)`` on its grid, the better way on held-out tokens."""
         compensated = self._compensated(weights, grids, statistics) if self.method == "compensated" else None
-        for i, (view, weight, grid) in enumerate(zip(views, weights, grids, strict=True)):
+        for i, (weight, grid) in enumerate(zip(weights, grids, strict=True)):
             rows, sample = sample_rows(weight, GATE_ROWS), grid.sample(GATE_ROWS)
             error = float(output_loss(sample.nearest(rows) - rows, statistics.held_out))
-            codes, rounding = None, "nearest"
             if compensated is not None:
                 chosen_rows = sample.decode(sample_rows(compensated[i], GATE_ROWS))
                 improved = float(output_loss(chosen_rows - rows, statistics.held_out))
                 if improved < error:
-                    codes, error, rounding = compensated[i], improved, "compensated"
-            row = context.report.linears[view.parameter]
-            row.scheme, row.rounding = str(schemes[view.parameter]), rounding
-            row.error = error / (row.energy or 1.0)
-            codes = grid.encode(weight) if codes is None else codes
-            graph.weights[view.parameter] = Rounded(from_codes(codes, grid), view.transposed)
+                    yield _Rounded(from_codes(compensated[i], grid), improved, "compensated")
+                    continue
+            yield _Rounded(from_codes(grid.encode(weight), grid), error, "nearest")
 
     def _compensated(
         self, weights: list[Tensor], grids: list[Grid], statistics: InputStatistics

@@ -7,7 +7,8 @@ Candidates (AWQ, Lin et al. 2023, section 3.2), normalised by ``sqrt(max * min)`
 
 for ``r`` in a grid on [0, 1], and always the identity. The loss of a candidate is ``tr(E H E^T)`` summed
 over the group's quantized linears, where ``E`` is the error of quantizing ``W diag(s)`` and undoing ``s``,
-with the clipping and the compensated rounding that follow. Tied channels take the geometric mean.
+with the clipping and the compensated rounding that follow. Tied channels take the geometric mean. The
+experts of a mixture are linears like others; where they have channels of their own, each has its own search.
 
 All candidates are evaluated at once, on a sample of output channels: a candidate is a factor on the
 columns of the quantization grid, so they differ in the grid only and share the Gram matrix and its
@@ -16,9 +17,9 @@ factorization. The winner must beat the identity on held-out tokens, or nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,35 +29,39 @@ from awqc.block_objective import BlockObjective
 from awqc.clipping import clipped_grid
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.groups import ScaleGroup
 from awqc.loss import gram_blocks, output_loss
+from awqc.members import Member, Part, parts
 from awqc.pipeline import Pass
-from awqc.quantized import Scheme, sample_rows
+from awqc.quantized import sample_rows
+from awqc.report import GroupRow
 from awqc.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
 from awqc.scales import Scales
 from awqc.schemes import Schemes
-from awqc.stages import Observer
-from awqc.statistics import InputStatistics, Statistics
-from awqc.views import Linear
+from awqc.statistics import Statistics
 
 Candidate = tuple[str, float, Tensor]
 
 
-@dataclass(frozen=True)
-class _Member:
-    """One quantized linear of a group, as the search sees it."""
+class _Outcome(NamedTuple):
+    """What was tried on a part of a group and what came out: search losses of all candidates, the best
+    candidate, and the held-out losses of the identity and of the best."""
 
-    view: Linear
-    weight: Tensor
-    scheme: Scheme
-    statistics: InputStatistics
-    ids: Tensor
-    degree: float
+    part: Part
+    candidates: list[Candidate]
+    search: Tensor
+    best: int
+    before: float
+    after: float
 
-    def columns(self, scales: Tensor) -> Tensor:
-        """The factor of each input column, ``(K,)``."""
-        padded = torch.cat([scales, scales.new_ones(1)])
-        return padded[self.ids] ** self.degree
+    @property
+    def applied(self) -> bool:
+        """Whether the best candidate is worth folding."""
+        return self.best > 0 and self.after < self.before
+
+    @property
+    def scales(self) -> Tensor:
+        """``(C,)``; 1 if nothing is to be folded."""
+        return self.candidates[self.best if self.applied else 0][2]
 
 
 @dataclass(frozen=True)
@@ -93,31 +98,30 @@ class SearchScales(Pass):
         scales = Scales()
         for group in context.stage.groups:
             observers = [o for o in context.stage.observers if o.group is group]
-            members = list(_members(graph, observers, group))
-            if not members:
+            found = [self._search(graph, part) for part in parts(graph, observers, group)]
+            if not found:
                 continue
-            row = context.report.groups[group.name]
-            candidates = self.candidates(group, members)
-            search = self._losses(members, candidates)
-            row.curve = [
-                (family, ratio, float(loss / search[0]))
-                for (family, ratio, _), loss in zip(candidates, search, strict=True)
-            ]
-            best = int(search.argmin())
-            if self.objective == "block":
-                best = self._best_by_block(graph, members, candidates, search)
-            family, ratio, chosen = candidates[best]
-            before, after = self._losses(members, [candidates[0], candidates[best]], held_out=True)
-            row.gain = float(1 - after / before.clamp(min=torch.finfo(before.dtype).tiny))
-            if best and row.gain > 0:
+            _report(context.report.groups[group.name], found)
+            if any(outcome.applied for outcome in found):
+                chosen = torch.ones(group.channels, device=graph.weights.device)
+                for outcome in found:
+                    chosen[outcome.part.channels] = outcome.scales
                 scales[group.name] = chosen
-                row.family, row.ratio = family, ratio
         graph.facts[Scales] = scales
 
-    def candidates(self, group: ScaleGroup, members: list[_Member]) -> list[Candidate]:
-        """The identity, then every family at every ratio; ``(channels,)`` each."""
-        magnitude = _per_channel(group, members, [m.statistics.mean_abs for m in members])
-        weight = _per_channel(group, members, [_normalised_magnitude(m.weight) for m in members])
+    def _search(self, graph: Graph, part: Part) -> _Outcome:
+        candidates = self.candidates(part)
+        search = self._losses(part, candidates)
+        best = int(search.argmin())
+        if self.objective == "block":
+            best = self._best_by_block(graph, part, candidates, search)
+        before, after = self._losses(part, [candidates[0], candidates[best]], held_out=True).tolist()
+        return _Outcome(part, candidates, search, best, before, after)
+
+    def candidates(self, part: Part) -> list[Candidate]:
+        """The identity, then every family at every ratio; ``(C,)`` each."""
+        magnitude = _per_channel(part, [m.statistics.mean_abs for m in part.members])
+        weight = _per_channel(part, [_normalised_magnitude(m.weight) for m in part.members])
         found: list[Candidate] = [("identity", 0.0, torch.ones_like(magnitude))]
         for family in self.families:
             for step in range(self.grid):
@@ -125,23 +129,23 @@ class SearchScales(Pass):
                 scales = magnitude**ratio
                 if family == "duo":
                     scales = scales / weight ** (1 - ratio)
-                found.append((family, ratio, _normalised(scales, group.alive.to(scales.device))))
+                found.append((family, ratio, _normalised(scales, part.alive)))
         return found
 
-    def _losses(self, members: list[_Member], candidates: list[Candidate], held_out: bool = False) -> Tensor:
+    def _losses(self, part: Part, candidates: list[Candidate], held_out: bool = False) -> Tensor:
         """Losses of ``candidates``, rounded by the search tokens, on those or on the held-out tokens."""
-        total = torch.zeros(len(candidates), device=members[0].weight.device)
+        total = torch.zeros(len(candidates), device=part.channels.device)
         factors: dict[int, tuple[Tensor, Tensor]] = {}
-        for member in members:
+        for member in part.members:
             rows = sample_rows(member.weight, self.sample_rows)
             columns = torch.stack([member.columns(scales) for _, _, scales in candidates])
             gram = member.statistics.held_out if held_out else member.statistics.gram
             losses = output_loss(self._errors(member, rows, columns, factors), gram)
-            total = total + losses * (len(member.weight) / len(rows))
+            total = total + losses * (len(member.weight) / len(rows)) * member.statistics.share
         return total
 
     def _errors(
-        self, member: _Member, rows: Tensor, columns: Tensor, factors: dict[int, tuple[Tensor, Tensor]]
+        self, member: Member, rows: Tensor, columns: Tensor, factors: dict[int, tuple[Tensor, Tensor]]
     ) -> Tensor:
         """What rounding ``rows`` ``(R, K)`` under the input scales ``columns`` ``(C, K)`` adds to them, seen
         from the unscaled input: ``(C, R, K)``."""
@@ -160,46 +164,50 @@ class SearchScales(Pass):
         codes = in_place(compensated_codes(weight, ColumnGrid.of(grid, order, spread), factor, order), order)
         return (grid.decode(codes) / spread - weight).reshape(count, n, k)
 
-    def _best_by_block(
-        self, graph: Graph, members: list[_Member], candidates: list[Candidate], search: Tensor
-    ) -> int:
-        block = BlockObjective(graph, graph.facts[Activations], [m.view for m in members])
+    def _best_by_block(self, graph: Graph, part: Part, candidates: list[Candidate], search: Tensor) -> int:
+        block = BlockObjective(graph, graph.facts[Activations], [m.matrix.view for m in part.members])
         finalists = sorted({0, *torch.argsort(search)[: self.finalists].tolist()})
 
         def loss(index: int) -> float:
-            replaced = {}
-            for member in members:
-                columns = member.columns(candidates[index][2])[None]
-                weight = member.weight + self._errors(member, member.weight, columns, {})[0]
-                replaced[member.view.parameter] = weight.t() if member.view.transposed else weight
+            replaced: dict[str, Tensor] = {}
+            for member in part.members:
+                view, columns = member.matrix.view, member.columns(candidates[index][2])[None]
+                if view.parameter not in replaced:
+                    replaced[view.parameter] = graph.weights[view.parameter].clone()
+                whole = view.weight(replaced[view.parameter])
+                weight = whole if member.matrix.index is None else whole[member.matrix.index]
+                weight += self._errors(member, member.weight, columns, {})[0]
             return block.loss(replaced)
 
         return min(finalists, key=loss)
 
 
-def _members(graph: Graph, observers: list[Observer], group: ScaleGroup) -> Iterator[_Member]:
-    statistics, schemes = graph.facts[Statistics], graph.facts[Schemes]
-    for observer in observers:
-        ids, degree = group.at_input(observer.node)
-        ids = ids.to(graph.weights.device)
-        for view in observer.linears:
-            if view.parameter in schemes:
-                weight = view.weight(graph.weights[view.parameter]).float()
-                yield _Member(view, weight, schemes[view.parameter], statistics[observer.node], ids, degree)
-
-
-def _per_channel(group: ScaleGroup, members: list[_Member], columns: list[Tensor]) -> Tensor:
+def _per_channel(part: Part, columns: list[Tensor]) -> Tensor:
     """Geometric mean, over all columns of all members that share a channel, of a positive statistic."""
-    device = members[0].weight.device
-    total = torch.zeros(group.channels + 1, device=device)
-    count = torch.zeros(group.channels + 1, device=device)
-    for member, values in zip(members, columns, strict=True):
+    device, channels = part.channels.device, len(part.channels)
+    total = torch.zeros(channels + 1, device=device)
+    count = torch.zeros(channels + 1, device=device)
+    for member, values in zip(part.members, columns, strict=True):
         # Columns without a channel (id -1) collect in the extra last element.
-        index = torch.where(member.ids >= 0, member.ids, group.channels)
+        index = torch.where(member.ids >= 0, member.ids, channels)
         logs = values.clamp(min=1e-8).log() / member.degree
         total.index_add_(0, index, logs)
         count.index_add_(0, index, torch.ones_like(logs))
     return (total / count.clamp(min=1))[:-1].exp()
+
+
+def _report(row: GroupRow, found: list[_Outcome]) -> None:
+    """State the outcome of a group: of its only part, or of all parts together."""
+    labels = [(family, ratio) for family, ratio, _ in found[0].candidates]
+    losses = torch.stack([outcome.search for outcome in found]).sum(0)
+    row.curve = [(*label, float(loss / losses[0])) for label, loss in zip(labels, losses, strict=True)]
+    applied = [outcome for outcome in found if outcome.applied]
+    if applied:
+        # Of several parts, what most of them chose.
+        (row.family, row.ratio), _ = Counter(labels[outcome.best] for outcome in applied).most_common(1)[0]
+    before = sum(outcome.before for outcome in found)
+    after = sum(o.after if o.applied or len(found) == 1 else o.before for o in found)
+    row.gain = 1 - after / max(before, torch.finfo(torch.float32).tiny)
 
 
 def _normalised_magnitude(weight: Tensor) -> Tensor:

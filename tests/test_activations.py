@@ -15,12 +15,13 @@ from awqc.context import Context
 from awqc.errors import NonFiniteError
 from awqc.graph import Graph
 from awqc.groups import ScaleGroups
+from awqc.input_statistics import HELD_OUT_EVERY, InputStatistics
 from awqc.passes.calibrate import Calibrate
 from awqc.passes.round_weights import RoundWeights
 from awqc.pipeline import Pipeline
 from awqc.schemes import Schemes
 from awqc.stages import Stages
-from awqc.statistics import HELD_OUT_EVERY, InputStatistics, Statistics
+from awqc.statistics import Statistics
 from tests.passes.graphs import ANALYSIS, OBSERVED, Look, Mlp, context_of, graph_of, run, samples
 
 EPS = torch.finfo(torch.float32).eps

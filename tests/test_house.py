@@ -132,9 +132,10 @@ def may_import(source: str, name: str) -> bool:
         known = ("awqc.kernels", "awqc.backends", "awqc.backend", "awqc.quantized", "awqc.errors")
         return within(name, *known)
     if folder == "passes":
-        # The file with its reference defines the canonical op.
+        # The files with their references define the canonical ops.
         above = ("awqc.kernels", "awqc.backends", "awqc.api", "awqc.driver", "awqc.cli")
-        return name == "awqc.kernels.qlinear" or not within(name, *above)
+        canonical = ("awqc.kernels.qlinear", "awqc.kernels.qexperts")
+        return name in canonical or not within(name, *above)
     return source == "awqc/driver.py" or not within(name, *(f"awqc.{linked}" for linked in LINKED))
 
 
