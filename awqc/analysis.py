@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from awqc.capture import CaptureReport, capture, check_against_eager
+from awqc.capture import CaptureReport, capture, other_inputs
 from awqc.config import QuantConfig
 from awqc.context import Context
 from awqc.driver import analysis_pipeline
@@ -93,16 +93,11 @@ def analyze(model: nn.Module | str | Path, inputs: Mapping[str, Tensor] | Tensor
     """
     source = from_module(model if isinstance(model, nn.Module) else skeleton(Path(model)))
     batch = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    graph = capture(source, batch, None)
-    if not any(t.is_meta for _, t in named_tensors(source.module)):
-        check_against_eager(graph, source.module, {"inputs": batch, "reversed": _reversed(batch)})
+    checks = {"inputs": batch, "reversed": other_inputs(batch)} if source.has_values else None
+    graph = capture(source, batch, None, checks=checks, purpose="analyze")
     analysis_pipeline().run(graph, Context(QuantConfig()))
     found = graph.facts[ScaleGroups]
     linears: dict[str, ScaleGroup | str] = dict(found.refusals)
     for group in found:
         linears.update(dict.fromkeys(group.linears, group))
     return Analysis(found.groups, linears, graph.facts[CaptureReport], graph)
-
-
-def _reversed(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.flip(-1) if not v.is_floating_point() else v.flip(0) * 0.5 for k, v in batch.items()}

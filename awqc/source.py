@@ -34,6 +34,7 @@ class ModelSource:
         stored_as: parameter name -> name in the checkpoint files.
         dtype: floating-point dtype that most parameters are stored in.
         notes: what a reader of the report must know about how the model was read.
+        has_values: False for a model whose weights are nowhere, which can be traced but not run.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class ModelSource:
     stored_as: Mapping[str, str] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     notes: list[str] = field(default_factory=list)
+    has_values: bool = True
 
     @property
     def config(self) -> Any:
@@ -162,7 +164,11 @@ def from_module(module: nn.Module) -> ModelSource:
     dtypes = [t.dtype for t in tensors.values() if t.is_floating_point()]
     directory = Path(path) if path and Path(path).is_dir() else None
     return ModelSource(
-        module, read, directory, dtype=max(set(dtypes), key=dtypes.count, default=torch.float32)
+        module,
+        read,
+        directory,
+        dtype=max(set(dtypes), key=dtypes.count, default=torch.float32),
+        has_values=not any(t.is_meta for t in tensors.values()),
     )
 
 

@@ -148,8 +148,7 @@ def test_a_capture_that_fails_leaves_the_module_as_it_was() -> None:
     with pytest.raises(CaptureError) as error:
         graph_of(net)
     assert str(error.value) == (
-        "Net could not be traced by torch.export: ValueError: no such thing; check that it runs on such "
-        "inputs, and that its forward does not branch on values of tensors"
+        "Net does not run on such inputs: ValueError: no such thing; give inputs that its forward takes"
     )
     assert state(net) == before
 
@@ -202,26 +201,38 @@ def test_the_report_says_what_was_compared() -> None:
     )
 
 
-def test_a_branch_that_tracing_froze_is_caught_on_the_second_input() -> None:
+def frozen(m: Net, x: Tensor) -> Tensor:
     """Right on the example input, whatever is traced; wrong on another."""
+    rising = torch.compiler.is_exporting() or bool(x[0, 0, 0] < x[1, 0, 0])
+    return m.a(x) if rising else m.a(x) * 2
 
-    def compute(m: Net, x: Tensor) -> Tensor:
-        rising = torch.compiler.is_exporting() or bool(x[0, 0, 0] < x[1, 0, 0])
-        return m.a(x) if rising else m.a(x) * 2
 
-    batch = {"x": torch.arange(float(2 * WIDTH)).reshape(2, 1, WIDTH)}
+RISING = {"x": torch.arange(float(2 * WIDTH)).reshape(2, 1, WIDTH)}
+
+
+def test_a_branch_that_tracing_froze_is_caught_on_the_second_input() -> None:
+    net = Net(frozen, a=linear())
+    graph = capture(from_module(net), RISING, rung="torch.export")
     with pytest.raises(CaptureError) as error:
-        awqc.analyze(Net(compute, a=linear()), batch)
+        check_against_eager(graph, net, {"falling": {"x": RISING["x"].flip(0)}})
     assert re.fullmatch(
-        r"the captured graph differs from eager execution on reversed: relative error 5\.0e-01, rounding "
+        r"the captured graph differs from eager execution on falling: relative error 5\.0e-01, rounding "
         r"explains \d\.\de-05; the forward depends on values that tracing froze",
         str(error.value),
     )
 
 
+def test_a_graph_that_is_wrong_on_the_second_input_is_not_taken() -> None:
+    found = awqc.analyze(Net(frozen, a=linear()), RISING).capture
+    assert found.rung == "eager"
+    assert found.notes[0].startswith("torch.export: the captured graph differs from eager execution on ")
+    assert [error for _, error in found.checks] == [0.0, 0.0]
+
+
 def test_a_branch_on_values_cannot_be_traced() -> None:
+    net = Net(lambda m, x: m.a(x) if x.sum() > 0 else x, a=linear())
     with pytest.raises(CaptureError, match=r"^Net could not be traced by torch.export: GuardOnDataDependent"):
-        graph_of(Net(lambda m, x: m.a(x) if x.sum() > 0 else x, a=linear()))
+        capture(from_module(net), inputs(), rung="torch.export")
 
 
 def test_a_region_of_another_precision_is_refused() -> None:
@@ -230,7 +241,7 @@ def test_a_region_of_another_precision_is_refused() -> None:
             return m.a(x)
 
     with pytest.raises(CaptureError) as error:
-        graph_of(Net(compute, a=linear()))
+        capture(from_module(Net(compute, a=linear())), inputs(), rung="torch.export")
     assert str(error.value) == (
         "the forward holds a region that awqc does not look into: wrap_with_autocast (linear); remove "
         "torch.autocast and the like from the forward"
@@ -308,8 +319,9 @@ def test_a_forward_that_writes_into_part_of_a_buffer_is_refused() -> None:
         m.memory[:2] = x[0, 0, :2]
         return m.a(x) * m.memory
 
+    net = Net(compute, a=linear(), memory=torch.ones(WIDTH))
     with pytest.raises(CaptureError) as error:
-        graph_of(Net(compute, a=linear(), memory=torch.ones(WIDTH)))
+        capture(from_module(net), inputs(), rung="torch.export")
     assert str(error.value) == (
         "the forward writes into 'memory' through aten.copy_.default (copy_), which would change what the "
         "next call starts from: write into a copy"

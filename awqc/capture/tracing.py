@@ -1,0 +1,185 @@
+"""How a forward is traced: in evaluation mode, on fake weights, without caches, quietly."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._functorch.partitioners  # the first export would load these in the middle of a compile
+import torch.export
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from awqc.errors import CaptureError
+from awqc.source import swapped_tensors
+
+#: Forward arguments that would make the graph stateful or its output a tuple.
+_SETTINGS = {"use_cache": False}
+#: What torch.export says on its way to an exception, which is all that a rung of the ladder needs.
+_LOUD = ("torch.export._trace", "torch._subclasses.fake_tensor")
+
+
+def accepted_settings(module: nn.Module) -> dict[str, Any]:
+    """Arguments that every call of the forward is given."""
+    parameters = inspect.signature(module.forward).parameters
+    return {k: v for k, v in _SETTINGS.items() if k in parameters}
+
+
+def reason(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
+class Fakes:
+    """Fake tensors of one mode that stand for weights and inputs.
+
+    Args:
+        dtype: of everything that is floating point; None keeps each one's own.
+        device: where they pretend to be.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, device: torch.device | str) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.dtype, self.device = dtype, device
+
+    def weight(self, tensor: Tensor) -> Tensor:
+        """A fake of a parameter or buffer."""
+        # Buffers too, since the graph's weights are all handed out in one dtype: casting a model to half
+        # precision casts its tables along.
+        cast = self.dtype is not None and tensor.is_floating_point()
+        with self.mode:
+            new = torch.empty(tensor.shape, dtype=self.dtype if cast else tensor.dtype, device=self.device)
+            return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+
+    def inputs(self, arguments: Any) -> Any:
+        """Fakes of all tensors in ``arguments``; everything else is passed on."""
+        with self.mode:
+            return tree_map_only(
+                Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=self.device), arguments
+            )
+
+
+def export(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    fakes: Fakes,
+    prepare: Callable[[], None] = lambda: None,
+) -> torch.export.ExportedProgram:
+    """Trace ``module(*args, **kwargs)`` without its weights.
+
+    Args:
+        prepare: called when everything is in place; what it assigns to modules is gone afterwards.
+
+    Raises:
+        CaptureError: if the forward cannot be traced; the cause is chained.
+    """
+    fake_args, fake_kwargs = fakes.inputs((tuple(args), dict(kwargs)))
+    with evaluation_mode(module), swapped_tensors(module, fakes.weight), torch.no_grad():
+        prepare()
+        try:
+            with quick_tracing(), _quiet(), _no_idle_casts():
+                return torch.export.export(module, fake_args, fake_kwargs, strict=False)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"{type(module).__name__} could not be traced by torch.export: {reason(error)}"
+            ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+@contextmanager
+def _no_idle_casts() -> Iterator[None]:
+    """A module that casts itself to the dtype that it has is left alone: torch would have to swap its
+    parameters for that, which it cannot while they are traced."""
+    apply = nn.Module._apply
+
+    def checked(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        tensors = [*self.parameters(recurse), *self.buffers(recurse)]
+        if all((new := fn(t)).dtype == t.dtype and new.device == t.device for t in tensors):
+            return self
+        return apply(self, fn, recurse)
+
+    nn.Module._apply = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = apply  # type: ignore[method-assign]
+
+
+@contextmanager
+def quick_tracing() -> Iterator[None]:
+    """No garbage collection and no stack traces of nodes within the block. Tracing makes many small
+    objects, all of them alive: looking through them again and again takes up to a third of its time, and
+    the traces, which nothing reads, a tenth."""
+    enabled, config = gc.isenabled(), vars(fx.config)
+    traces = config.get("do_not_emit_stack_traces")
+    gc.disable()
+    if traces is not None:  # older releases have no such option
+        config["do_not_emit_stack_traces"] = True
+    try:
+        yield
+    finally:
+        if traces is not None:
+            config["do_not_emit_stack_traces"] = traces
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def same_random() -> Iterator[None]:
+    """What is drawn within the block is the same every time; the state outside is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Dropout and caches off within the block; after it, every submodule is as it was: its mode, and what
+    a forward has assigned to it or registered on it."""
+    before = {child: dict(child.__dict__) for child in module.modules()}
+    entries = {
+        child: {name: dict(value) for name, value in attributes.items() if isinstance(value, dict)}
+        for child, attributes in before.items()
+    }
+    # A forward without the argument asks its config.
+    configs = {id(c): c for child in before if (c := child.__dict__.get("config")) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    module.eval()
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+        for child, attributes in before.items():
+            child.__dict__.clear()
+            child.__dict__.update(attributes)
+            for name, items in entries[child].items():
+                child.__dict__[name].clear()
+                child.__dict__[name].update(items)
