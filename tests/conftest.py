@@ -1,8 +1,16 @@
 """Tiny random models and token ids that tests of the whole compiler share. Nothing here is ever changed:
 a compile that touched its input would fail the tests that follow it."""
 
+
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, as it is by transformers, and then interprets kernels on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

@@ -20,11 +20,11 @@ from awqc.quantized import QuantizedWeight, Scheme, quantize
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets a test register backends that are gone after it."""
-    backends()
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    """The two backends that need no GPU, and what a test registers."""
+    shipped = backends()
+    monkeypatch.setattr(registry, "_REGISTRY", {name: shipped[name] for name in ("cpu", "reference")})
     yield
     registry._import_backends.cache_clear()
 
@@ -80,7 +80,6 @@ def test_no_backend_at_all(backend: str) -> None:
     )
 
 
-@pytest.mark.usefixtures("registered")
 def test_a_third_party_backend_takes_part() -> None:
     @register_backend("narrow")
     class Narrow(ReferenceBackend):
@@ -94,7 +93,6 @@ def test_a_third_party_backend_takes_part() -> None:
     assert (wide.backend.name, wide.refused) == ("cpu", {"narrow": "is narrow: 112 outputs"})
 
 
-@pytest.mark.usefixtures("registered")
 def test_a_name_is_given_once() -> None:
     with pytest.raises(BackendError) as error:
 
@@ -114,7 +112,6 @@ def test_a_name_is_given_once() -> None:
     assert str(error.value) == "backend 'cpu' is already registered by awqc.backends.cpu"
 
 
-@pytest.mark.usefixtures("registered")
 def test_an_installed_package_registers_through_its_entry_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

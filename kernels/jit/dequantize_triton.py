@@ -1,0 +1,50 @@
+"""The dense weight of 4-bit codes in planes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from awqc.kernels.jit.words_triton import differences
+
+
+@triton.jit
+def dequantize(
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    weight_ptr,
+    n,
+    k,
+    rows,
+    groups,
+    group: tl.constexpr,
+    run: tl.constexpr,
+    width: tl.constexpr,
+    block_n: tl.constexpr,
+    whole_k: tl.constexpr,
+    ptx: tl.constexpr,
+):
+    """One block of channels of ``block_n`` rows of ``weight_ptr`` ``(n, k)``; operands as for ``gemm``.
+
+    The product is taken in float32 and rounded once, to the dtype of the weight.
+    """
+    channels: tl.constexpr = 4 * width
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    block = tl.program_id(0)
+    row = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    channel = tl.arange(0, width)
+    words = tl.load(words_ptr + (block.to(tl.int64) * rows + row[:, None]) * width + channel[None, :])
+    for r in tl.static_range(4 // run):
+        start = block * channels + r * run * width
+        g = start // group if whole_k else tl.minimum(start // group, groups - 1)
+        scales = tl.load(scales_ptr + g * rows + row).to(tl.float32)
+        zeros = tl.load(zeros_ptr + g * rows + row)
+        planes = differences(words, zeros[:, None], dtype, ptx)
+        for j in tl.static_range(run):
+            column = start + j * width + channel[None, :]
+            mask = row[:, None] < n
+            if not whole_k:
+                mask &= column < k
+            weight = planes[r * run + j].to(tl.float32) * scales[:, None]
+            tl.store(weight_ptr + row[:, None].to(tl.int64) * k + column, weight.to(dtype), mask=mask)

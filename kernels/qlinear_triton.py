@@ -1,0 +1,352 @@
+"""``awqc::qlinear_triton``: the linear on a quantized weight in Triton, for NVIDIA and AMD GPUs.
+
+One packed weight (:mod:`awqc.kernels.planes`) serves every number of tokens M:
+
+* small M: ``jit/gemm_triton.py`` streams the packed weight. One wave of programs fills the device; where the
+  rows alone do not, K is shared out and the shares are added in a second, ordered pass;
+* large M: the weight is written out dense (``jit/dequantize_triton.py``) and the product is the BLAS's.
+
+Sums are float32, in an order that the shape and the launch configuration decide: the same input gives the
+same bits. Triton itself is imported at the first launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from awqc.kernels import configs
+from awqc.kernels.autotune import fastest, may_tune
+from awqc.kernels.planes import (
+    PLANES,
+    pack_groups,
+    pack_planes,
+    plane_width,
+    unpack_groups,
+    unpack_planes,
+)
+from awqc.kernels.qlinear import LIBRARY, group_channels
+from awqc.kernels.registry import register_kernel
+
+#: The name under which configurations are kept.
+NAME = "qlinear_triton"
+#: Numbers of tokens between which the autotuner lets the configuration change.
+TOKENS = (8, 16, 32, 64, 128, 256)
+
+LIBRARY.define(
+    "qlinear_triton(Tensor x, Tensor packed, Tensor scales, Tensor zeros, Tensor? bias, int out_features, "
+    "int group_size) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def interpreted() -> bool:
+    """Whether Triton is told to interpret kernels on the CPU (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A launch configuration of ``gemm``.
+
+    Args:
+        block_m, block_n: tokens and rows of a tile.
+        warps, stages: of a program: warps, and tiles in flight.
+        programs: as many as a processor holds at a time.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    programs: int
+
+    def shares(self, tokens: int, rows: int, blocks: int, processors: int) -> int:
+        """Shares of the ``blocks`` of K with which tiles of ``rows`` fill the device, but not twice."""
+        tiles = math.ceil(tokens / self.block_m) * math.ceil(rows / self.block_n)
+        return max(1, min(processors * self.programs // tiles, blocks))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for.
+
+    Args:
+        processors: multiprocessors.
+        ptx: NVIDIA, 8.0 and later: see ``jit/words_triton.py``.
+        dependent: NVIDIA, 9.0 and later: kernels start while their predecessor finishes.
+    """
+
+    processors: int
+    ptx: bool
+    dependent: bool
+
+
+@functools.cache
+def target(device: torch.device) -> Target:
+    """The target that ``device`` is."""
+    if device.type != "cuda" or interpreted():
+        return Target(processors=4, ptx=False, dependent=False)
+    properties = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.hip is None
+    return Target(
+        properties.multi_processor_count, nvidia and properties.major >= 8, nvidia and properties.major >= 9
+    )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A packed weight ``(n, k)``, as the op takes it.
+
+    Args:
+        packed: ``(blocks, rows, width)`` int16.
+        scales: ``(G, rows)`` floating.
+        zeros: ``(G, rows)`` uint8.
+        n, k: features.
+        group_size: channels that share a scale; -1 for the whole row.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+    n: int
+    k: int
+    group_size: int
+
+    def operands(self) -> dict[str, Any]:
+        """Arguments that every kernel on the weight takes."""
+        blocks, rows, width = self.packed.shape
+        group = group_channels(self.group_size, self.k)
+        if group == self.k:  # padded channels belong to the one group too
+            group = blocks * PLANES * width
+        return {
+            "words_ptr": self.packed,
+            "scales_ptr": self.scales,
+            "zeros_ptr": self.zeros,
+            "n": self.n,
+            "k": self.k,
+            "rows": rows,
+            "groups": self.scales.shape[0],
+            "group": group,
+            "run": next(r for r in (4, 2, 1) if group % (r * width) == 0),
+            "width": width,
+            "whole_k": self.k % (PLANES * width) == 0,
+            "ptx": target(self.packed.device).ptx,
+        }
+
+
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile) -> Tensor:
+    """``x @ W.T + bias`` for ``x`` ``(M, K)`` contiguous float16 or bfloat16, by tiles: ``(M, N)``."""
+    from awqc.kernels.jit.gemm_triton import add_shares, gemm
+
+    m = x.shape[0]
+    y = x.new_empty(m, weight.n)
+    at = target(x.device)
+    # launch_pdl is known to Triton for NVIDIA alone.
+    launch = {"dependent": True, "launch_pdl": True} if at.dependent else {"dependent": False}
+    shares = tile.shares(m, weight.n, weight.packed.shape[0], at.processors)
+    partial = y if shares == 1 else x.new_empty(shares, m, weight.n, dtype=torch.float32)
+    gemm[math.ceil(weight.n / tile.block_n), shares, math.ceil(m / tile.block_m)](
+        x_ptr=x,
+        bias_ptr=x if bias is None else bias,
+        y_ptr=partial,
+        m=m,
+        **weight.operands(),
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        stages=tile.stages,
+        whole_n=weight.n % tile.block_n == 0,
+        partial=shares > 1,
+        has_bias=bias is not None,
+        widen=interpreted(),
+        num_warps=tile.warps,
+        **launch,
+    )
+    if shares > 1:
+        block = 256 if y.numel() <= 256 * at.processors else 1024
+        add_shares[(math.ceil(y.numel() / block),)](
+            partial_ptr=partial,
+            bias_ptr=partial if bias is None else bias,
+            y_ptr=y,
+            size=y.numel(),
+            n=weight.n,
+            shares=shares,
+            block=block,
+            has_bias=bias is not None,
+            **launch,
+        )
+    return y
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight ``(N, K)`` in ``dtype``."""
+    from awqc.kernels.jit.dequantize_triton import dequantize
+
+    out = weight.scales.new_empty(weight.n, weight.k, dtype=dtype)
+    block_n = 16
+    dequantize[weight.packed.shape[0], math.ceil(weight.n / block_n)](
+        weight_ptr=out, **weight.operands(), block_n=block_n
+    )
+    return out
+
+
+def choose(tokens: int, weight: Weight, dtype: torch.dtype) -> Tile | None:
+    """The configuration for ``tokens``; None for the dense route."""
+    device = weight.packed.device
+    key = f"{NAME} {weight.n}x{weight.k} g{weight.group_size} {dtype}"
+    table = configs.tuned(key, device)
+    if table is None and may_tune(device):
+        table = tune(weight, dtype)
+        configs.keep(key, device, table)
+    found = configs.entry(table or configs.measured(NAME, device), tokens)
+    return None if found is None else Tile(**found)
+
+
+def tune(weight: Weight, dtype: torch.dtype) -> configs.Table:
+    """Measure every candidate on this device, against the dense route too: up to a minute.
+
+    The numbers of tokens are tried in ascending order until the dense route is the faster one.
+    """
+    copies = [
+        Weight(weight.packed.clone(), weight.scales, weight.zeros, weight.n, weight.k, weight.group_size)
+        for _ in range(max(2, math.ceil(2e8 / weight.packed.nbytes)))
+    ]
+    table: dict[int, Mapping[str, int]] = {}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, weight.k, dtype=dtype, device=weight.packed.device)
+        runs = {
+            None: lambda i, x=x: F.linear(x, dense(copies[i], dtype)),
+            **{
+                tile: lambda i, x=x, tile=tile: multiply(x, copies[i], None, tile)
+                for tile in candidates(tokens)
+            },
+        }
+        tile = fastest(runs, len(copies))
+        if tile is None:
+            break
+        table[tokens] = asdict(tile)
+    return table
+
+
+def candidates(tokens: int) -> list[Tile]:
+    """Tiles worth trying for ``tokens``."""
+    few = [(32, 2), (64, 4)] if tokens <= 16 else [(64, 4), (128, 4), (128, 8)]
+    return [
+        Tile(block_m, block_n, warps, stages, programs)
+        for block_m in {min(tokens, 64), min(tokens, 128)}
+        for block_n, warps in few
+        for stages in (2, 3, 4)
+        for programs in ((2, 4, 8, 12) if tokens <= 64 else (1, 2, 3))
+    ]
+
+
+def qlinear_triton(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    """``x @ W.T + bias`` for ``x`` ``(..., K)`` of any floating dtype and strides; ``(..., N)`` like ``x``.
+
+    Args:
+        packed: ``(blocks, rows, width)`` int16, see :mod:`awqc.kernels.planes`.
+        scales: ``(G, rows)`` floating.
+        zeros: ``(G, rows)`` uint8.
+        bias: ``(N,)`` floating, or None.
+        out_features: ``N``.
+        group_size: channels that share a scale; -1 for the whole row.
+    """
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    weight = Weight(packed, scales, zeros, out_features, x.shape[-1], group_size)
+    tile = None
+    if tokens.shape[0] == 0:
+        y = tokens.new_empty(0, out_features)
+    elif x.dtype in (torch.float16, torch.bfloat16) and (tile := choose(tokens.shape[0], weight, x.dtype)):
+        y = multiply(tokens, weight, bias, tile)
+    else:
+        y = F.linear(tokens, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], out_features)
+
+
+LIBRARY.impl("qlinear_triton", qlinear_triton, "CUDA")
+LIBRARY.impl("qlinear_triton", qlinear_triton, "CPU")
+
+
+@torch.library.register_fake("awqc::qlinear_triton", lib=LIBRARY)
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@register_kernel("qlinear")
+class TritonGemm:
+    """The limits of ``awqc::qlinear_triton``, its packed form and the way back."""
+
+    op: ClassVar[torch._ops.OpOverload] = torch.ops.awqc.qlinear_triton.default
+
+    @staticmethod
+    def legal(
+        n: int, k: int, bits: int, group_size: int, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Why this kernel cannot run a weight ``(n, k)``, in one line; None if it can."""
+        if importlib.util.find_spec("triton") is None:
+            return "needs triton, which is not installed"
+        if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+            return f"runs on cuda, not on {device}"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"multiplies float16 or bfloat16 activations, not {dtype}"
+        if bits > 4:
+            return f"holds codes of at most 4 bits, not {bits}"
+        if plane_width(k, group_size) is None:
+            return f"needs groups of a multiple of 16 input channels, not group_size={group_size} over {k}"
+        return None
+
+    @staticmethod
+    def pack(
+        codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, bits: int, group_size: int
+    ) -> tuple[dict[str, Tensor | None], tuple[int, int]]:
+        """The op's tensors by argument name, and the numbers that follow them.
+
+        Args:
+            codes: ``(N, K)`` uint8 below 16.
+            scales, zeros: ``(N, G)``; scales keep their dtype, zeros are below 16.
+            bias: ``(N,)`` or None.
+            bits: 2, 3 or 4.
+            group_size: of a multiple of 16 channels, or the whole row.
+        """
+        n, k = codes.shape
+        width = plane_width(k, group_size)
+        assert width is not None, "pack() is for legal shapes"
+        tensors = {
+            "packed": pack_planes(codes, width),
+            "scales": pack_groups(scales),
+            "zeros": pack_groups(zeros.to(torch.uint8)),
+            "bias": bias,
+        }
+        return tensors, (n, group_size)
+
+    @staticmethod
+    def unpack(
+        packed: Tensor, scales: Tensor, zeros: Tensor, n: int, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes ``(n, k)``, scales and zeros ``(n, G)`` that :meth:`pack` was given."""
+        return unpack_planes(packed, n, k), unpack_groups(scales, n), unpack_groups(zeros, n)
