@@ -17,6 +17,7 @@ from awqc.cli.evaluate import evaluate
 from awqc.cli.generate import generate
 from awqc.cli.inspect import inspect
 from awqc.cli.options import DEBUG
+from awqc.cli.report import report
 from awqc.errors import AwqcError
 
 #: Exit codes: of a failure that the message explains, of a fault in awqc (EX_SOFTWARE), of Ctrl-C. Usage
@@ -68,7 +69,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, compile, evaluate, generate, inspect, backends):
+for command in (demo, compile, evaluate, generate, inspect, report, backends):
     app.command("eval" if command is evaluate else command.__name__)(command)
 
 

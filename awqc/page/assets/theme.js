@@ -1,0 +1,19 @@
+// Light or dark: what the system prefers, until somebody chooses.
+
+function setUpTheme() {
+  const button = byId("theme");
+  const preference = matchMedia("(prefers-color-scheme: dark)");
+  const root = document.documentElement;
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : preference.matches);
+  const show = () => {
+    button.setAttribute("aria-pressed", String(isDark()));
+    button.textContent = isDark() ? "Light" : "Dark";
+    button.setAttribute("aria-label", "Dark colours");
+  };
+  button.addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    show();
+  });
+  preference.addEventListener("change", show);
+  show();
+}
