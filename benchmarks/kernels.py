@@ -1,0 +1,238 @@
+"""Quantized linears on a GPU against cuBLAS and against the time that reading their bytes takes.
+
+    python benchmarks/kernels.py --out kernels.csv
+
+Times are medians per call inside a CUDA graph whose calls go round copies of the weight, more bytes of them
+than the L2 cache holds several times over. The floor is a kernel that reads the packed bytes and does nothing
+else, timed the same way. Errors are relative to a float32 product, from the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from awqc.kernels.cuda_launch import CudaKernel
+from awqc.kernels.nvrtc import architecture, compile_source
+from awqc.kernels.qlinear import dequantize
+from awqc.kernels.registry import kernels
+
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672)]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+GROUP = 128
+#: Bytes of weights that the calls of one graph go round.
+ROTATED = 320 << 20
+
+READ = """
+extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* data, unsigned* out, long long n) {
+  uint4 sum = {0, 0, 0, 0};
+  const long long step = (long long)gridDim.x * blockDim.x;
+  long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+  for (; i + (UNROLL - 1) * step < n; i += UNROLL * step) {
+    uint4 part[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) part[u] = __ldcs(data + i + u * step);
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) sum.x ^= part[u].x ^ part[u].y ^ part[u].z ^ part[u].w;
+  }
+  for (; i < n; i += step) sum.x ^= data[i].x;
+  if (sum.x == 0x12345678u) *out = sum.x;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement."""
+
+    kernel: str
+    n: int
+    k: int
+    m: int
+    us: float
+    over_floor: float
+    over_cublas_bf16: float
+    gbps: float
+    tflops: float
+    error: float
+
+
+def per_call(calls: list[Callable[[], object]], replays: int = 9) -> float:
+    """Microseconds per call, the median of ``replays`` replays of one graph of all ``calls``."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        graph.replay()
+        times = []
+        for _ in range(replays):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def rotation(make: Callable[[], Tensor], size: int) -> list[Tensor]:
+    """Copies of a tensor of ``size`` bytes, enough to go round."""
+    return [make() for _ in range(max(2, -(-ROTATED // size)))]
+
+
+def repeated(copies: list[Tensor], least: int = 20) -> list[Tensor]:
+    """The copies in turn, ``least`` times or more."""
+    return copies * -(-least // len(copies))
+
+
+def floor(size: int) -> float:
+    """Microseconds that the best of some streaming reads of ``size`` bytes takes."""
+    device = torch.cuda.current_device()
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    arch = architecture(torch.cuda.get_device_capability())
+    copies = rotation(partial(torch.randint, 0, 255, (size,), dtype=torch.uint8, device="cuda"), size)
+    out = torch.zeros(1, dtype=torch.int32, device="cuda")
+    best = float("inf")
+    for unroll in (4, 8):
+        read = CudaKernel(compile_source(READ, arch, {"UNROLL": unroll}), "read_all", "PPq", device)
+        for blocks in (1, 2, 4):
+            calls = [
+                partial(
+                    read.launch, (processors * blocks,), (512,), (c.data_ptr(), out.data_ptr(), size // 16)
+                )
+                for c in repeated(copies)
+            ]
+            best = min(best, per_call(calls))
+    return best
+
+
+def weight_of(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random codes, scales and zero points: weights of about unit variance over the square root of K."""
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+    scales = (torch.rand(n, k // GROUP, device="cuda") * 0.5 + 0.75).div_(4.6 * k**0.5).half()
+    zeros = torch.randint(6, 11, scales.shape, dtype=torch.uint8, device="cuda")
+    return codes, scales, zeros
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+def measure(
+    n: int, k: int, tokens: Iterable[int], dtypes: Iterable[str], only: set[str] | None
+) -> Iterable[Row]:
+    """Every kernel on one shape, and cuBLAS."""
+    codes, scales, zeros = weight_of(n, k)
+    dense = dequantize(codes, scales, zeros, GROUP)
+    size = n * k // 2 + scales.numel() * 2 + scales.numel() // 2
+    least = floor(size)
+    packs = {}
+    for name, kernel in kernels("qlinear").items():
+        legal = kernel.legal(n, k, 4, GROUP, torch.float16, torch.device("cuda", 0))
+        if legal is None and (only is None or name.lower() in only):
+            tensors, constants = kernel.pack(codes, scales, zeros, None, 4, GROUP)
+            main = next(
+                key for key, t in tensors.items() if t is not None and t.numel() * t.itemsize > size / 2
+            )
+            copies = rotation(tensors[main].clone, size)
+            packs[name] = (kernel.op, tensors, main, copies, constants)
+    cublas = rotation(partial(dense.to, torch.bfloat16, copy=True), n * k * 2)
+    for m in tokens:
+        x32 = torch.randn(m, k, device="cuda")
+        reference: dict[str, float] = {}
+        for dtype_name in ("bf16", *(d for d in dtypes if d != "bf16")):
+            dtype = DTYPES[dtype_name]
+            x = x32.to(dtype)
+            expected = F.linear(x.float(), dense)
+
+            def row(
+                kernel: str, us: float, found: Tensor, e: Tensor = expected, m: int = m, r: dict = reference
+            ) -> Row:
+                return Row(
+                    kernel=kernel,
+                    n=n,
+                    k=k,
+                    m=m,
+                    us=round(us, 2),
+                    over_floor=round(us / least, 3),
+                    over_cublas_bf16=round(us / r.get("cublas", us), 3),
+                    gbps=round(size / us / 1e3, 1),
+                    tflops=round(2 * n * k * m / us / 1e6, 1),
+                    error=float(f"{relative_error(found, e):.2e}"),
+                )
+
+            if dtype_name == "bf16" or "fp16" in dtypes:
+                weights = cublas if dtype_name == "bf16" else [w.to(dtype) for w in cublas]
+                us = per_call([partial(F.linear, x, w) for w in repeated(weights)])
+                reference.setdefault("cublas", us)
+                yield row(f"cublas-{dtype_name}", us, F.linear(x, dense.to(dtype)))
+                del weights
+            if dtype_name not in dtypes:
+                continue
+            for name, (op, tensors, main, copies, constants) in packs.items():
+
+                def call(w: Tensor, op=op, tensors=tensors, main=main, constants=constants, x=x) -> Tensor:
+                    return op(x, *({**tensors, main: w}).values(), *constants)
+
+                found = call(copies[0])
+                same = torch.equal(found, call(copies[-1]))
+                us = per_call([partial(call, w) for w in repeated(copies)])
+                yield row(f"{name.lower()}-{dtype_name}" + ("" if same else "-UNSTABLE"), us, found)
+
+
+def clocks() -> str:
+    """SM and memory clock as nvidia-smi sees them now."""
+    query = ["nvidia-smi", "--query-gpu=name,clocks.sm,clocks.mem,power.draw", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=[f"{n}x{k}" for n, k in SHAPES])
+    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--kernels", nargs="*", help="class names in lower case; default: all that are legal")
+    parser.add_argument("--out", help="CSV file")
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    begin = time.time()
+    rows: list[Row] = []
+    columns = list(Row.__dataclass_fields__)
+    print(f"{clocks()}; torch {torch.__version__}")
+    for shape in options.shapes:
+        n, k = map(int, shape.split("x"))
+        only = set(options.kernels) if options.kernels else None
+        for row in measure(n, k, options.tokens, options.dtypes, only):
+            if not rows or (rows[-1].n, rows[-1].k) != (n, k):
+                print(f"\n{n}x{k}: floor {row.us / row.over_floor:.2f} us; {clocks()}")
+                print("  ".join(f"{c:>16}" for c in columns if c not in "nk"))
+            print("  ".join(f"{v:>16}" for c, v in asdict(row).items() if c not in "nk"))
+            rows.append(row)
+        torch.cuda.empty_cache()
+    print(f"\n{clocks()}; {time.time() - begin:.0f} s")
+    if options.out:
+        with open(options.out, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+// The packed weight of kernels/marlin_layout.py, by strips of 16 rows and 128 input channels, on the tensor cores
+// through mma.sync. Macros: BF16 (activations), SCALE_BF16 (scales), GROUP (32, 64 or 128 channels).
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int GROUPS = 128 / GROUP;              // groups of a strip
+constexpr int SCALES = 1024;                     // where a strip's scales begin, in bytes
+constexpr int ZEROS = SCALES + 32 * GROUPS;      // and its zero points
+constexpr int STRIP_BYTES = ZEROS + 16 * GROUPS;
+constexpr int TILES = GROUP / 16;                // mma steps of a group
+
+__device__ __forceinline__ u32 masked(u32 word, u32 mask, u32 bits) {
+  u32 out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(word), "r"(mask), "r"(bits));
+  return out;
+}
+
+// The I-th pair of codes of a word as two numbers 16 + q: the four bits are the top of a mantissa whose exponent
+// is that of 16, so neither a conversion nor a subtraction is needed.
+template <int I>
+__device__ __forceinline__ u32 sixteen_plus(u32 word) {
+#if BF16
+  return masked(__funnelshift_r(word, word, 3 + 4 * I), 0x00780078u, 0x41804180u);
+#else
+  return masked(I ? __funnelshift_r(word, word, 4 * I) : word, 0x03C003C0u, 0x4C004C00u);
+#endif
+}
+
+__device__ __forceinline__ void unpack(u32 (&a)[4], u32 word) {
+  a[0] = sixteen_plus<0>(word);
+  a[1] = sixteen_plus<1>(word);
+  a[2] = sixteen_plus<2>(word);
+  a[3] = sixteen_plus<3>(word);
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if BF16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ float half_to_float(u16 bits) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
+  return out;
+}
+
+__device__ __forceinline__ float bfloat_to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
+
+__device__ __forceinline__ float scale_to_float(u16 bits) {
+#if SCALE_BF16
+  return bfloat_to_float(bits);
+#else
+  return half_to_float(bits);
+#endif
+}
+
+__device__ __forceinline__ float to_float(u16 bits) {
+#if BF16
+  return bfloat_to_float(bits);
+#else
+  return half_to_float(bits);
+#endif
+}
+
+__device__ __forceinline__ u16 from_float(float value) {
+  u16 out;
+#if BF16
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(value));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(value));
+#endif
+  return out;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+constexpr int X_STRIDE = 272;  // bytes of a token's 128 activations; 16 more than they are, for the banks
+
+// Half a strip's activations, 64 channels, in the order of the second operand: b[step][token tile].
+template <int NT>
+__device__ __forceinline__ void load_x(u32 (&b)[4][NT][2], const u8* x, int tokens, int lane) {
+#pragma unroll
+  for (int t = 0; t < NT; ++t) {
+    // Columns of the product are independent: those beyond the last token repeat it and are not stored.
+    const int row = min(t * 8 + (lane & 7), tokens - 1);
+    const u32 address = shared_address(x + row * X_STRIDE + (lane >> 3) * 16);
+#pragma unroll
+    for (int p = 0; p < 2; ++p)
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(b[2 * p][t][0]), "=r"(b[2 * p][t][1]), "=r"(b[2 * p + 1][t][0]), "=r"(b[2 * p + 1][t][1])
+                   : "r"(address + p * 64));
+  }
+}
+
+// y += W x for S strips of weights; x is that of their 128 channels.
+// The product is taken with 16 + q; what that adds, (16 + z) times the sum of the group's activations, is known
+// exactly and subtracted before the scale is applied. Strips take turns, so that no product waits for the last.
+template <int NT, int S>
+__device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips, const u8* x, int tokens, int lane) {
+#if BF16
+  const u32 ones[4] = {0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u};
+#else
+  const u32 ones[4] = {0x3C003C00u, 0x3C003C00u, 0x3C003C00u, 0x3C003C00u};
+#endif
+  float sums[NT][4], acc[S][NT][4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint4 words[S];
+#pragma unroll
+    for (int strip = 0; strip < S; ++strip)
+      words[strip] = reinterpret_cast<const uint4*>(strips + strip * STRIP_BYTES)[half * 32 + lane];
+    u32 b[4][NT][2];
+    load_x<NT>(b, x + half * 128, tokens, lane);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      const int step = half * 4 + s;
+      if (step % TILES == 0) {
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            sums[t][i] = 0.f;
+#pragma unroll
+            for (int strip = 0; strip < S; ++strip) acc[strip][t][i] = 0.f;
+          }
+      }
+#pragma unroll
+      for (int strip = 0; strip < S; ++strip) {
+        u32 a[4];
+        unpack(a, s == 0 ? words[strip].x : s == 1 ? words[strip].y : s == 2 ? words[strip].z : words[strip].w);
+#pragma unroll
+        for (int t = 0; t < NT; ++t) mma(acc[strip][t], a, b[s][t]);
+      }
+#pragma unroll
+      for (int t = 0; t < NT; ++t) mma(sums[t], ones, b[s][t]);
+      if ((step + 1) % TILES) continue;
+#pragma unroll
+      for (int strip = 0; strip < S; ++strip) {
+        const int pair = (step / TILES) * 8 + (lane >> 2);
+        const u8* own = strips + strip * STRIP_BYTES;
+        const u32 scale = reinterpret_cast<const u32*>(own + SCALES)[pair];
+        const u32 zero = reinterpret_cast<const u16*>(own + ZEROS)[pair];
+        const float scales[2] = {scale_to_float(u16(scale)), scale_to_float(u16(scale >> 16))};
+        const float offsets[2] = {-16.f - float(zero & 255u), -16.f - float(zero >> 8)};
+#pragma unroll
+        for (int t = 0; t < NT; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            y[strip][t][i] += scales[i >> 1] * __fmaf_rn(offsets[i >> 1], sums[t][i], acc[strip][t][i]);
+      }
+    }
+  }
+}
