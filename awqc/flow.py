@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,13 +24,11 @@ from torch import Tensor, fx
 
 from awqc.graph import Graph
 from awqc.op import Op, Refusal, RowOp, Rule, op_name
+from awqc.producers import producers
 from awqc.routing import Families, Routing
-from awqc.scaled import Scaled, Value, compact
+from awqc.scaled import Scaled, Value
 from awqc.sites import Part, Site, Sites
-from awqc.views import is_transpose, operand, picked, shape
-
-#: Index tensors larger than this are not built to invert a movement of a parameter.
-_LARGEST_INVERSE = 1 << 22
+from awqc.views import operand, shape
 
 
 @dataclass
@@ -156,47 +154,16 @@ class Flow:
             self._cause[ids] = len(self.refusals)
             self.refusals.append(refusal)
 
-    def join(self, operand: fx.Node, wanted: Scaled) -> bool:
-        """Scale the parameter behind ``operand`` so that it becomes ``wanted``; False if it cannot."""
-        if self.families.hold(wanted.ids):
-            return self._join_picked(operand, wanted)
-        found = self._site_of(operand)
-        if found is None:
+    def join(self, operand: fx.Node, wanted: Scaled, computed: bool = False) -> bool:
+        """Scale the parameters behind ``operand`` so that it becomes ``wanted``; False if none can be."""
+        plan = producers(operand, wanted, self.sites, self.families, computed)
+        merged = [(site, placed.merged(self.values.get(site.node))) for site, placed in plan or ()]
+        if not merged or any(value is None for _, value in merged):
             return False
-        site, placed = found[0], found[1](wanted)
-        if placed is None:
-            return False
-        before = self.values.get(site.node)
-        if isinstance(before, Scaled):
-            return placed.same(before)
-        self.joined[site.node] = site
-        self._update(site.node, placed)
+        for site, value in merged:
+            self.joined[site.node] = site
+            self._update(site.node, value)
         return True
-
-    def _join_picked(self, operand: fx.Node, wanted: Scaled) -> bool:
-        """Join what ``operand`` picks from by the routing of ``wanted``: the entry of each row's expert."""
-        found, routing = picked(operand), wanted.routing
-        if found is None or routing is None or found[1] is not routing.key or routing.offsets:
-            return False
-        if not routing.in_place() or not wanted.constant_along(0):
-            return False
-        table = self.families.table(wanted.ids[0], shape(found[0])[0])
-        return self.join(found[0], Scaled(table, wanted.degree))
-
-    def _site_of(self, node: fx.Node) -> tuple[Site, Callable[[Scaled], Scaled | None]] | None:
-        """The site that ``node`` is a movement of, and how ids of ``node`` become ids of the site."""
-        site = self.sites.of(node)
-        if site is not None:
-            return site, lambda wanted: Scaled(compact(wanted.ids), wanted.degree)
-        chain = [node]
-        while self.sites.of(chain[-1]) is None:
-            source = operand(chain[-1], 0) if chain[-1].op == "call_function" else None
-            if not isinstance(source, fx.Node) or not _moves_only(chain[-1]):
-                return None
-            chain.append(source)
-        site = self.sites.of(chain.pop())
-        assert site is not None
-        return site, lambda wanted: _invert(site, chain, wanted)
 
     def _update(self, node: fx.Node, value: Value) -> None:
         before = self.values.get(node)
@@ -234,30 +201,6 @@ class Flow:
 
 def _no_rule(node: fx.Node) -> str:
     return f"no scale passes through {op_name(node)}"
-
-
-def _moves_only(node: fx.Node) -> bool:
-    from awqc.rules.movement import is_movement
-
-    return is_movement(node)
-
-
-def _invert(site: Site, chain: list[fx.Node], wanted: Scaled) -> Scaled | None:
-    """Ids of the site such that the movements of ``chain`` (outermost first) turn them into ``wanted``."""
-    if all(is_transpose(node) for node in chain):
-        return Scaled(compact(wanted.ids.mT if len(chain) % 2 else wanted.ids), wanted.degree)
-    size = shape(site.node)
-    count = int(torch.Size(size).numel())
-    if count > _LARGEST_INVERSE or wanted.ids.numel() > _LARGEST_INVERSE:
-        return None
-    index = torch.arange(count).reshape(size)
-    for node in reversed(chain):
-        index = node.target(index, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-    ids = torch.full((count,), -1, dtype=wanted.ids.dtype)
-    ids[index.flatten()] = wanted.ids.flatten()
-    if not torch.equal(ids[index], wanted.ids):
-        return None  # one element of the parameter would need two scales
-    return Scaled(compact(ids.reshape(size)), wanted.degree)
 
 
 def seeds(site: Site) -> Iterable[Tensor]:

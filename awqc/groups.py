@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -142,7 +142,7 @@ def _find_groups(graph: Graph) -> ScaleGroups:
             continue
         for seed in seeds(site):
             flow = Flow(graph, sites, order).run({node: seed})
-            group = _group(flow, site.parameter, by_name)
+            group = _group(flow, site.parameter, views)
             if group is not None:
                 found.append(group)
             refusals.add(flow)
@@ -151,10 +151,11 @@ def _find_groups(graph: Graph) -> ScaleGroups:
     return ScaleGroups(chosen, {name: refusals.of(name) for name in by_name if name not in taken})
 
 
-def _group(flow: Flow, name: str, by_name: Container[str]) -> ScaleGroup | None:
+def _group(flow: Flow, name: str, views: Iterable[Linear | ExpertLinear]) -> ScaleGroup | None:
     parts = flow.parts()
     consumers = tuple(p for p in parts if p.degree < 0)
-    names = tuple(p.parameter for p in consumers if p.parameter in by_name)
+    read = {view.parameter for view in views if view.x in flow.values}
+    names = tuple(p.parameter for p in consumers if p.parameter in read)
     if not names:
         return None
     values = {n: v for n, v in flow.values.items() if isinstance(v, Scaled)}

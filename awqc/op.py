@@ -82,12 +82,17 @@ class Op:
             ids = value.used() if where is None else torch.unique(value.ids[where])
             self._flow.poison(ids[ids >= 0], Refusal(reason, self.node.name, op_name(self.node)))
 
-    def join(self, operand: Any, ids: Tensor, degree: float) -> bool:
+    def join(self, operand: Any, ids: Tensor, degree: float, computed: bool = False) -> bool:
         """Scale the parameter behind ``operand`` along: ``ids`` has the operand's shape. False if the
-        operand is not a parameter (or a movement of one)."""
+        operand is not a parameter (or a movement of one).
+
+        Args:
+            computed: also what linears over parameters compute, see :mod:`awqc.producers`.
+        """
         if not isinstance(operand, fx.Node):
             return False
-        return self._flow.join(operand, Scaled(ids, degree, self._routings.get(operand)))
+        wanted = Scaled(ids, degree, self._routings.get(operand))
+        return self._flow.join(operand, wanted, computed)
 
     @property
     def families(self) -> Families:
@@ -118,7 +123,7 @@ class RowOp(Op):
         if value is not None and (where is None or bool(where.any())):
             self.reason = reason
 
-    def join(self, operand: Any, ids: Tensor, degree: float) -> bool:
+    def join(self, operand: Any, ids: Tensor, degree: float, computed: bool = False) -> bool:
         """Note the row numbers of what is to be divided along."""
         if isinstance(operand, fx.Node):
             self.joined[operand] = ids

@@ -39,6 +39,8 @@ class Scaled:
     def used(self) -> Tensor:
         """The distinct ids."""
         core = self.core()
+        if core.numel() == 0:
+            return torch.empty(0, dtype=torch.long)
         there = torch.zeros(int(core.max()) + 2, dtype=torch.bool)
         there[core.flatten()] = True  # -1 sets the last element
         return there[:-1].nonzero().flatten()
@@ -61,6 +63,15 @@ class Scaled:
         if mine is None or others is None:
             return mine is others
         return mine.key is others.key and torch.equal(mine.rows, others.rows)
+
+    def merged(self, other: object) -> Scaled | None:
+        """What both say of one tensor, each where the other says nothing; None if they disagree."""
+        if not isinstance(other, Scaled):
+            return self
+        a, b = self.ids, other.ids
+        if self.degree != other.degree or bool(((a >= 0) & (b >= 0) & (a != b)).any()):
+            return None
+        return Scaled(compact(torch.where(a >= 0, a, b)), self.degree)
 
 
 def unexpanded(ids: Tensor) -> Tensor:

@@ -39,6 +39,12 @@ def operand(node: fx.Node, index: int, name: str | None = None, default: Any = N
     return node.kwargs.get(name, default) if name else default
 
 
+def call_on(node: fx.Node, first: Any) -> Any:
+    """What the op of ``node`` makes of ``first`` in place of its first operand."""
+    function: Any = node.target
+    return function(first, *node.args[1:], **node.kwargs)
+
+
 def scalar_operand(node: fx.Node, other: fx.Node) -> float | None:
     """The number in a binary op whose tensor operand is ``other``; None if there is none or ``alpha``
     scales it."""

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from awqc.op import Op
 from awqc.rules import Sample, example, rule
-from awqc.rules.elementwise import joins_broadcast
+from awqc.rules.sums import joins_broadcast
 from awqc.scaled import Scaled, Value
 
 aten = torch.ops.aten

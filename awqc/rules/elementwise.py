@@ -1,11 +1,10 @@
-"""Elementwise ops: products add degrees, sums need equal ids, homogeneous functions pass."""
+"""Elementwise ops: products add degrees, homogeneous functions pass."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from awqc.op import Op
 from awqc.rules import Sample, example, rule
@@ -17,6 +16,12 @@ _X = example(2, 3, 8)
 _Y = example(2, 3, 8)
 _V = example(8)
 _IDS = torch.arange(8, dtype=torch.int32)
+_EXPONENTS = {
+    aten.square.default: 2,
+    aten.sqrt.default: 0.5,
+    aten.rsqrt.default: -0.5,
+    aten.reciprocal.default: -1,
+}
 _PAIRS = torch.arange(8, dtype=torch.int32) // 2
 
 
@@ -24,7 +29,10 @@ _PAIRS = torch.arange(8, dtype=torch.int32) // 2
     aten.relu.default,
     aten.leaky_relu.default,
     aten.neg.default,
+    aten.negative.default,
     aten.abs.default,
+    aten.tril.default,
+    aten.triu.default,
     samples=[Sample((_X,), scale={0: _IDS}), Sample((_X,), scale={0: _PAIRS})],
 )
 @rule(aten.dropout.default, samples=[Sample((_X, 0.5, False), scale={0: _IDS})])
@@ -81,6 +89,39 @@ def threshold(op: Op) -> Value:
     return None
 
 
+@rule(
+    aten.prelu.default,
+    samples=[
+        Sample((_X[0], _V), scale={0: _IDS}),
+        Sample((_X[0], _V), scale={1: _IDS}, alive=0),
+    ],
+)
+def parametric_relu(op: Op) -> Value:
+    """``max(x, 0) + w min(x, 0)``: homogeneous in ``x``."""
+    op.poison(op.value(op.args[1]), "it weighs the negative values only")
+    return op.value(op.args[0])
+
+
+@rule(
+    aten.glu.default,
+    samples=[
+        Sample((_X, -1), scale={0: torch.where(_IDS < 4, _IDS, -1)}),
+        Sample((_X,), scale={0: _IDS}, alive=4),
+    ],
+)
+def gated(op: Op) -> Value:
+    """``a * sigmoid(b)`` of the halves of a tensor: linear in ``a``."""
+    value = op.value(op.args[0])
+    if value is None:
+        return None
+    through, gate = value.ids.chunk(2, op.arg(1, "dim", -1))
+    op.poison(Scaled(gate), "its second half goes through a sigmoid")
+    return Scaled(through, value.degree)
+
+
+@rule(aten.sqrt.default, samples=[Sample((_X.abs(),), scale={0: _IDS})])
+@rule(aten.rsqrt.default, samples=[Sample((_X.abs(),), scale={0: _IDS})])
+@rule(aten.reciprocal.default, samples=[Sample((_X,), scale={0: _IDS})])
 @rule(aten.square.default, samples=[Sample((_X,), scale={0: _IDS})])
 @rule(
     aten.pow.Tensor_Scalar,
@@ -93,7 +134,7 @@ def threshold(op: Op) -> Value:
 def power(op: Op) -> Value:
     """``(x / s) ** p = x ** p / s ** p``: the degree is multiplied."""
     value = op.value(op.args[0])
-    exponent = op.arg(1) if op.node.target is aten.pow.Tensor_Scalar else 2
+    exponent = _EXPONENTS[op.node.target] if op.node.target in _EXPONENTS else op.arg(1)
     if value is None or exponent == 0:
         return None
     return Scaled(value.ids, value.degree * float(exponent))
@@ -111,6 +152,7 @@ def power(op: Op) -> Value:
         Sample((_X, _Y), scale={0: _IDS, 1: _IDS.flip(0)}, alive=0),
     ],
 )
+@rule(aten.multiply.Tensor, samples=[Sample((_X, _Y), scale={0: _IDS, 1: _IDS})])
 @rule(aten.mul.Scalar, samples=[Sample((_X, 3.0), scale={0: _IDS})])
 @rule(
     aten.div.Tensor,
@@ -120,6 +162,7 @@ def power(op: Op) -> Value:
         Sample((_X, _Y), scale={1: _IDS}),
     ],
 )
+@rule(aten.divide.Tensor, samples=[Sample((_X, _Y), scale={1: _IDS})])
 @rule(aten.div.Scalar, samples=[Sample((_X, 3.0), scale={0: _IDS})])
 def product(op: Op) -> Value:
     """A product of scaled tensors with equal ids adds their degrees, a quotient subtracts them.
@@ -127,7 +170,7 @@ def product(op: Op) -> Value:
     Where no ids are equal, as in the two halves of a gated unit, one factor alone can carry the scale.
     """
     left, right = op.value(op.args[0]), op.value(op.args[1])
-    if right is not None and op.node.target is aten.div.Tensor:
+    if right is not None and op.node.target in (aten.div.Tensor, aten.divide.Tensor):
         right = replace(right, degree=-right.degree)
     return multiplied(op, left, right)
 
@@ -148,87 +191,3 @@ def multiplied(op: Op, left: Scaled | None, right: Scaled | None) -> Scaled | No
             op.poison(Scaled(ids), "channels scaled by different factors are multiplied", unequal)
     degree = left.degree + right.degree
     return Scaled(torch.where(unequal, -1, core_a).expand(op.shape), degree) if degree else None
-
-
-@rule(
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    samples=[
-        Sample((_X, _Y), scale={0: _IDS, 1: _IDS}),
-        Sample((_X, _V), scale={0: _IDS}, parameters=(1,)),
-        Sample((_V, _X), scale={1: _IDS}, parameters=(0,)),
-        Sample((_X, _Y), scale={0: _IDS}, alive=0),
-        Sample((_X, _Y), scale={0: _IDS, 1: _IDS.flip(0)}, alive=0),
-        Sample((_X, _V[:1]), scale={0: _IDS}, parameters=(1,), alive=0),
-        Sample((_X, 0.0), scale={0: _IDS}),
-        Sample((_X, 1.0), scale={0: _IDS}, alive=0),
-    ],
-)
-@rule(aten.add.Scalar, aten.sub.Scalar, samples=[Sample((_X, 1.0), scale={0: _IDS}, alive=0)])
-def add(op: Op) -> Value:
-    """Both terms must be divided alike: two scaled tensors, or a scaled one and a parameter that joins."""
-    left, right = op.value(op.args[0]), op.value(op.args[1])
-    if left is not None and right is not None:
-        return _agree(op, left, right)
-    value, other = (left, op.args[1]) if left is not None else (right, op.args[0])
-    if value is None:
-        return None
-    if isinstance(other, (int, float)):
-        if other == 0:
-            return value
-        op.poison(value, f"the constant {other} is added")
-        return None
-    ids = value.ids.expand(op.shape)
-    if not joins_broadcast(op, other, ids, value.degree):
-        op.poison(value, f"is added to {other}, which is not scaled along")
-        return None
-    return Scaled(ids, value.degree)
-
-
-def _agree(op: Op, left: Scaled, right: Scaled) -> Value:
-    a, b = Scaled(left.ids.expand(op.shape)).core(), Scaled(right.ids.expand(op.shape)).core()
-    a, b = torch.broadcast_tensors(a, b)
-    unequal = a != b if left.degree == right.degree else (a >= 0) | (b >= 0)
-    if bool(unequal.any()):
-        for ids in (a, b):
-            op.poison(Scaled(ids), "channels scaled by different factors are added", unequal)
-    return Scaled(torch.where(unequal, -1, a).expand(op.shape), left.degree)
-
-
-def joins_broadcast(op: Op, parameter: object, ids: Tensor, degree: float) -> bool:
-    """Let ``parameter``, which broadcasts to ``ids``, be divided by the same channels.
-
-    False if it is no parameter, or if one of its elements would need several channels.
-    """
-    if not isinstance(parameter, torch.fx.Node):
-        return False
-    size = tuple(parameter.meta["val"].shape)
-    value = Scaled(ids, degree)
-    for dim in range(ids.ndim - len(size)):
-        if not value.constant_along(dim):
-            return False
-    for dim in range(1, len(size) + 1):
-        if size[-dim] == 1 and ids.shape[-dim] > 1 and not value.constant_along(ids.ndim - dim):
-            return False
-    for _ in range(ids.ndim - len(size)):
-        ids = ids[0]
-    for dim, length in enumerate(size):
-        if length == 1:
-            ids = ids.narrow(dim, 0, 1)
-    return op.join(parameter, ids, degree)
-
-
-@rule(
-    aten.masked_fill.Scalar,
-    samples=[
-        Sample((_X, _Y > 0, 0.0), scale={0: _IDS}),
-        Sample((_X, _Y > 0, -1.0), scale={0: _IDS}, alive=0),
-    ],
-)
-def masked_fill(op: Op) -> Value:
-    """Filling with zero keeps every scale."""
-    value = op.value(op.args[0])
-    if op.args[2] == 0:
-        return value if value is None else Scaled(value.ids.expand(op.shape), value.degree)
-    op.poison(value, f"masked positions are filled with {op.args[2]}")
-    return None

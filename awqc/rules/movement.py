@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from awqc.op import Op
 from awqc.rules import Sample, example, rule
 from awqc.scaled import Scaled, Value
+from awqc.views import call_on, operand
 
 aten = torch.ops.aten
 
@@ -41,6 +44,11 @@ _ONE_TENSOR = (
     aten.flip.default,
     aten.roll.default,
     aten.movedim.int,
+    aten.movedim.intlist,
+    aten.swapdims.default,
+    aten.tile.default,
+    aten.unfold.default,
+    aten.diagonal.default,
 )
 _KEEP_VALUES = (
     aten.clone.default,
@@ -54,6 +62,9 @@ _SEVERAL = (
     aten.split_with_sizes.default,
     aten.split.sizes,
     aten.chunk.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_chunk.default,
+    aten.tensor_split.sections,
     aten.unbind.int,
 )
 
@@ -67,9 +78,19 @@ _RESHAPES = (
 )
 
 
-def is_movement(node: fx.Node) -> bool:
-    """Whether ``node`` only places the elements of its first operand."""
-    return node.target in _ONE_TENSOR or node.target in _KEEP_VALUES
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.device, aten.to.dtype_layout)
+
+
+def replay(node: fx.Node, source: Any) -> Any:
+    """What ``node`` makes of ``source`` in place of its first operand; None if it does more than place its
+    elements, or is not known to."""
+    if node.target is operator.getitem:
+        return source[operand(node, 1)]
+    if node.target in _CASTS and node.meta["val"].is_floating_point():
+        return source
+    if node.target in _ONE_TENSOR or node.target in _KEEP_VALUES or node.target in _SEVERAL:
+        return call_on(node, source)
+    return None
 
 
 def _ids(*size: int) -> Tensor:
@@ -101,6 +122,11 @@ _CALLS: dict[Any, tuple[Any, ...]] = {
     aten.flip.default: ([2],),
     aten.roll.default: ([3], [2]),
     aten.movedim.int: (0, 2),
+    aten.movedim.intlist: ([0, 1], [2, 0]),
+    aten.swapdims.default: (1, 2),
+    aten.tile.default: ([1, 1, 2],),
+    aten.unfold.default: (2, 3, 2),
+    aten.diagonal.default: (0, 0, 1),
 }
 
 
@@ -110,7 +136,7 @@ def _one_tensor(op: Op) -> Value:
         return None
     if op.node.target in _RESHAPES:
         return Scaled(reshaped(value.ids, op.shape), value.degree)
-    return Scaled(op.node.target(value.ids, *op.args[1:], **op.node.kwargs), value.degree)  # type: ignore[operator]
+    return Scaled(call_on(op.node, value.ids), value.degree)
 
 
 def reshaped(ids: Tensor, size: Sequence[int]) -> Tensor:
@@ -158,7 +184,14 @@ def keep_values(op: Op) -> Value:
     return op.value(op.args[0])
 
 
-@rule(aten.split.Tensor, aten.chunk.default, samples=[Sample((_X, 4, 2), scale=_LAST)])
+@rule(
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.unsafe_split.Tensor,
+    aten.unsafe_chunk.default,
+    aten.tensor_split.sections,
+    samples=[Sample((_X, 4, 2), scale=_LAST)],
+)
 @rule(aten.split_with_sizes.default, aten.split.sizes, samples=[Sample((_X, [3, 5], 2), scale=_LAST)])
 @rule(aten.unbind.int, samples=[Sample((_X, 1), scale={0: _ids(1, 3, 8)})])
 def several(op: Op) -> Value:
@@ -166,8 +199,7 @@ def several(op: Op) -> Value:
     value = op.value(op.args[0])
     if value is None:
         return None
-    pieces = op.node.target(value.ids, *op.args[1:], **op.node.kwargs)  # type: ignore[operator]
-    return [Scaled(piece, value.degree) for piece in pieces]
+    return [Scaled(piece, value.degree) for piece in call_on(op.node, value.ids)]
 
 
 @rule(aten.cat.default, samples=[Sample(([_X, _X], 2), scale={0: _ids(1, 1, 8)})])
@@ -186,4 +218,49 @@ def join_tensors(op: Op) -> Value:
         else torch.full((1,), -1, dtype=torch.int32).expand(node.meta["val"].shape)
         for node, value in pieces
     ]
-    return Scaled(op.node.target(ids, *op.args[1:], **op.node.kwargs), degrees.pop())  # type: ignore[operator]
+    return Scaled(call_on(op.node, ids), degrees.pop())
+
+
+@rule(aten.expand_as.default, aten.view_as.default, samples=[Sample((_X, _X), scale=_LAST)])
+def like_another(op: Op) -> Value:
+    """The shape of the second operand."""
+    value = op.value(op.args[0])
+    if value is None:
+        return None
+    if op.node.target is aten.expand_as.default:
+        return Scaled(value.ids.expand(op.shape), value.degree)
+    return Scaled(reshaped(value.ids, op.shape), value.degree)
+
+
+@rule(
+    aten.pad.default,
+    samples=[
+        Sample((_X, [0, 0, 1, 2]), scale=_LAST),
+        Sample((_X, [2, 1]), scale=_LAST),
+        Sample((_X, [0, -3]), scale=_LAST),
+        Sample((_X, [2, 1], "constant", 1.5), scale=_LAST),
+        Sample((_X, [0, 0, 1, 2], "constant", 1.5), scale=_LAST),
+        Sample((_X, [0, 0, 1, 1], "reflect"), scale=_LAST, alive=0),
+    ],
+)
+@rule(aten.constant_pad_nd.default, samples=[Sample((_X, [0, 0, 1, 2]), scale=_LAST)])
+def pad(op: Op) -> Value:
+    """Zeros are divided by anything, so they take the scale of their dimension; other numbers have none."""
+    value, filled = op.value(op.args[0]), op.arg(3, "value")
+    if op.node.target is aten.constant_pad_nd.default:
+        filled = op.arg(2, "value", 0)
+    elif op.arg(2, "mode", "constant") != "constant":
+        op.poison(value, f"pads by {op.args[2]!r}")
+        return None
+    if value is None:
+        return None
+    ids = value.ids
+    sides = op.args[1]
+    for dim, before, after in zip(range(ids.ndim - 1, -1, -1), sides[::2], sides[1::2], strict=False):
+        if before == after == 0:
+            continue
+        if not filled and value.constant_along(dim):
+            ids = ids.narrow(dim, 0, 1).expand(*ids.shape[:dim], op.shape[dim], *ids.shape[dim + 1 :])
+        else:
+            ids = F.pad(ids, [0, 0] * (ids.ndim - 1 - dim) + [before, after], value=-1)
+    return Scaled(ids, value.degree)

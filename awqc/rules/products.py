@@ -81,7 +81,9 @@ def _varies(value: Scaled | None, dims: Sequence[int]) -> bool:
 
 def _first(ids: Tensor, dims: Sequence[int]) -> Tensor:
     """``ids`` at the first index of ``dims``, the last dimensions."""
-    return ids[(..., *[0] * len(dims))] if len(dims) else ids
+    for _ in dims:
+        ids = ids[..., 0]
+    return ids
 
 
 def _cancel(a: Scaled, b: Scaled, labels: list[str], left: Factor, right: Factor) -> bool:
