@@ -70,3 +70,26 @@ def test_a_product_that_is_no_linear_is_in_the_notes() -> None:
     assert [what for where, what in notes if where == "check-coverage"] == [
         "'pairs' stays in float: aten.einsum reads it as no linear does"
     ]
+
+
+def test_a_module_that_is_called_as_it_is_counts_as_a_product() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.eye(32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.matrix if x.sum() > 0 else x
+
+    class Outer(Mlp):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = Branch()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.branch(x))
+
+    notes = run(Outer(), samples(1), *PASSES)[1].report.notes
+    assert [what for where, what in notes if where == "check-coverage"] == [
+        "'branch.matrix' stays in float: Branch reads it as no linear does"
+    ]
