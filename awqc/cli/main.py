@@ -13,6 +13,7 @@ from awqc import __version__
 from awqc.cli.backends import backends
 from awqc.cli.compile import compile
 from awqc.cli.demo import demo
+from awqc.cli.diff import diff
 from awqc.cli.evaluate import evaluate
 from awqc.cli.generate import generate
 from awqc.cli.inspect import inspect
@@ -69,7 +70,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, compile, evaluate, generate, inspect, report, backends):
+for command in (demo, compile, evaluate, generate, inspect, report, diff, backends):
     app.command("eval" if command is evaluate else command.__name__)(command)
 
 
