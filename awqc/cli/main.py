@@ -15,6 +15,7 @@ from awqc.cli.compile import compile
 from awqc.cli.demo import demo
 from awqc.cli.diff import diff
 from awqc.cli.evaluate import evaluate
+from awqc.cli.export import export
 from awqc.cli.generate import generate
 from awqc.cli.inspect import inspect
 from awqc.cli.options import DEBUG
@@ -70,7 +71,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, compile, evaluate, generate, inspect, report, diff, backends):
+for command in (demo, compile, evaluate, generate, inspect, report, diff, export, backends):
     app.command("eval" if command is evaluate else command.__name__)(command)
 
 

@@ -1,0 +1,1 @@
+"""Lowered graphs in formats of other runtimes."""
