@@ -8,7 +8,7 @@ only then do the tokens move on through the new weights. Nothing is ever run twi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from awqc.dispatch import Rerouting, choice
 from awqc.errors import NonFiniteError
 from awqc.expert_statistics import ExpertStatistics
 from awqc.flow import op_name
+from awqc.functional import rewrites
 from awqc.graph import Env, Graph, execute
 from awqc.groups import ScaleGroup, ScaleGroups
 from awqc.input_statistics import InputStatistics, split_sample
@@ -49,6 +50,7 @@ class Activations:
     def __post_init__(self) -> None:
         self._nodes = self.graph.nodes
         self._order = self.graph.order()
+        self._rewrites = rewrites(self.graph)
         #: nodes that weights alone determine: computed anew wherever they are read
         self.weight_only = weight_only(self.graph)
         self._static: Env = {}
@@ -126,10 +128,24 @@ class Activations:
         they are missing."""
         wanted = list(wanted)
         env = {**self._static, **known}
-        execute(
-            _missing(wanted, env, self._order), env, weights or self.graph.weights, keep=[*wanted, *known]
-        )
+        execute(self._missing(wanted, env), env, weights or self.graph.weights, keep=[*wanted, *known])
         return {node: env[node] for node in wanted}
+
+    def _missing(self, wanted: Iterable[fx.Node], env: Env) -> list[fx.Node]:
+        """Nodes to run, in order, so that every wanted value exists."""
+        needed: set[fx.Node] = set()
+        queue: list[fx.Node] = list(wanted)
+        again: set[fx.Node] = set()
+        while queue:
+            node = queue.pop()
+            if (node in env and node not in again) or node in needed or node.op != "call_function":
+                continue
+            needed.add(node)
+            queue.extend(node.all_input_nodes)
+            # What is made anew has to be written anew, also by ops whose results are known.
+            again.update(self._rewrites.get(node, ()))
+            queue.extend(self._rewrites.get(node, ()))
+        return sorted(needed, key=self._order.__getitem__)
 
     def _run_static(self) -> None:
         """Masks, positions, rotations: the same for every sample, so computed once and shared."""
@@ -157,7 +173,7 @@ class Activations:
             if n.op == "call_function" and n not in self._static and n not in self.weight_only
         ]
         before = {operand for n in run for operand in n.all_input_nodes if operand in self.weight_only}
-        run = sorted({*run, *_missing(before, {}, self._order)}, key=self._order.__getitem__)
+        run = sorted({*run, *self._missing(before, {})}, key=self._order.__getitem__)
         keep = self._live(end)
         calls = rounded_linears(run, self._dtype)
         for index, sample in enumerate(self.samples):
@@ -255,16 +271,3 @@ def dependent_on(graph: Graph, source: object) -> set[fx.Node]:
         if source(node) or any(operand in found for operand in node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _missing(wanted: Iterable[fx.Node], env: Env, order: Mapping[fx.Node, int]) -> list[fx.Node]:
-    """Nodes to run, in order, so that every wanted value exists."""
-    needed: set[fx.Node] = set()
-    queue: list[fx.Node] = list(wanted)
-    while queue:
-        node = queue.pop()
-        if node in env or node in needed or node.op != "call_function":
-            continue
-        needed.add(node)
-        queue.extend(node.all_input_nodes)
-    return sorted(needed, key=order.__getitem__)

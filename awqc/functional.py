@@ -52,6 +52,21 @@ def written(node: fx.Node) -> list[fx.Node]:
     return [tensor for tensor in found if isinstance(tensor, fx.Node)]
 
 
+def rewrites(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Every tensor that ops of the graph write into -> those ops and all views of it: what it takes to have
+    it as those ops leave it."""
+    base = bases(graph)
+    into = {base[tensor] for node in base for tensor in written(node)}
+    found: dict[fx.Node, list[fx.Node]] = {tensor: [] for tensor in into}
+    for node in base:
+        if base[node] in into and base[node] is not node:
+            found[base[node]].append(node)
+        for tensor in written(node):
+            if base[node] is not base[tensor]:
+                found[base[tensor]].append(node)
+    return found
+
+
 def bases(graph: Graph) -> dict[fx.Node, fx.Node]:
     """Every node -> the node that its memory belongs to: itself, or what it is a view of."""
     base: dict[fx.Node, fx.Node] = {}

@@ -13,11 +13,13 @@ from torch import Tensor, fx, nn
 from awqc.capture import relative_error
 from awqc.checkpoints import open_checkpoint, write_checkpoint
 from awqc.errors import CheckpointError
+from awqc.expert_storage import StoredLinear, join, stored_linears
+from awqc.experts import QuantExperts
 from awqc.graph import execute
 from awqc.lowering import lower_linear
 from awqc.report import REPORT_FILE
 from awqc.runtime import QuantLinear
-from awqc.source import aliases
+from awqc.source import ModelSource, aliases
 from awqc.views import operand
 
 if TYPE_CHECKING:
@@ -35,15 +37,18 @@ def save(
 ) -> Path:
     """See :meth:`awqc.compiled.CompiledModel.save`."""
     source = compilation.source
-    linears = model.quantized_linears()
+    linears, stacks = model.quantized_linears(), model.quantized_experts()
     quantized = {source.module_on_disk(name): linear.unpack()[0] for name, linear in linears.items()}
+    for name, experts in stacks.items():
+        weight = experts.unpack()[0]
+        quantized |= {linear.name: linear.of(weight) for linear in _on_disk(name, experts, source)}
     written = write_checkpoint(
         path,
         format=format,
-        tensors=_dense(model, compilation, linears),
+        tensors=_dense(model, compilation, linears, stacks),
         quantized=quantized,
         config=_config(model, compilation),
-        kept=_kept(model, compilation, linears),
+        kept=_kept(model, compilation),
         head=_head(model),
         dtype=compilation.source.half,
         files_from=source.path,
@@ -56,11 +61,19 @@ def save(
     return written
 
 
+def _on_disk(name: str, experts: QuantExperts, source: ModelSource) -> list[StoredLinear]:
+    return stored_linears(source.stored(name), experts.count, experts.transposed)
+
+
 def _dense(
-    model: nn.Module, compilation: Compilation, linears: dict[str, QuantLinear]
+    model: nn.Module,
+    compilation: Compilation,
+    linears: Mapping[str, QuantLinear],
+    stacks: Mapping[str, QuantExperts],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every dense tensor under its name on disk; biases of quantized linears in their module's name."""
-    packed = {f"{name}.{part}" for name, linear in linears.items() for part, _ in linear.named_buffers()}
+    held = {**linears, **stacks}
+    packed = {f"{name}.{part}" for name, module in held.items() for part, _ in module.named_buffers()}
     tied = aliases(model)
 
     def stored(tensor: Tensor) -> Tensor:
@@ -68,7 +81,8 @@ def _dense(
 
     for name, tensor in model.state_dict().items():
         if name not in packed and name not in tied:
-            yield compilation.source.on_disk(name), stored(tensor)
+            for piece in compilation.source.stored(name):
+                yield piece.name, stored(piece.take(tensor))
     for name, linear in linears.items():
         bias = linear.unpack()[1]
         if bias is not None:
@@ -90,9 +104,13 @@ def _config(model: nn.Module, compilation: Compilation) -> dict[str, Any]:
     return config
 
 
-def _kept(model: nn.Module, compilation: Compilation, linears: dict[str, QuantLinear]) -> list[str]:
-    """Linears that stay dense, by the names of every loader: in the module tree and on disk."""
-    dense = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)]
+def _kept(model: nn.Module, compilation: Compilation) -> list[str]:
+    """Linears that stay dense, by the names of every loader: in the module tree and on disk. Routers are
+    linears too, of a class of their own."""
+    rows = compilation.report.linears.values()
+    kept = {row.name for row in rows if row.decision != "quantized" and row.expert_count is None}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    dense = [n for n, m in modules.items() if isinstance(m, nn.Linear) or n in kept]
     return list(dict.fromkeys(s for n in dense for s in (n, compilation.source.module_on_disk(n))))
 
 
@@ -110,7 +128,7 @@ def check_saved(model: CompiledModel, compilation: Compilation, path: Path) -> N
     Raises:
         CheckpointError: if the results differ by more than the rounding of dense tensors to half precision.
     """
-    graph, linears = model.graph, model.quantized_linears()
+    graph, linears = model.graph, {**model.quantized_linears(), **model.quantized_experts()}
     nodes, result = _first_stage(graph.graph, {linear.op for linear in linears.values()})
     names = [str(node.target) for node in nodes if node.op == "get_attr"]
     memory = {name: _attribute(graph, name) for name in names}
@@ -148,7 +166,7 @@ def _attribute(graph: nn.Module, name: str) -> Tensor:
 def _read_back(
     names: list[str],
     memory: dict[str, Tensor],
-    linears: dict[str, QuantLinear],
+    linears: Mapping[str, QuantLinear | QuantExperts],
     compilation: Compilation,
     path: Path,
 ) -> dict[str, Tensor]:
@@ -160,8 +178,12 @@ def _read_back(
         stored, value = source.on_disk(name), memory[name]
         if owner in linears:
             linear, bias = linears[owner], source.on_disk(f"{owner}.bias")
+            if isinstance(linear, QuantExperts):
+                weight = join(_on_disk(owner, linear, source), checkpoint.weight)
+            else:
+                weight = checkpoint.weight(source.module_on_disk(owner))
             lowered = lower_linear(
-                checkpoint.weight(source.module_on_disk(owner)),
+                weight,
                 checkpoint.dense(bias) if bias in checkpoint.tensors else None,
                 linear.dtype,
                 value.device,

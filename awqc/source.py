@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from awqc.checkpoints import open_checkpoint
+from awqc.disk_names import Piece, disk_names, match_stored, read_pieces
 from awqc.errors import CheckpointError, ConfigError
 
 #: What modules call to draw initial values.
@@ -31,7 +33,8 @@ class ModelSource:
         module: the user's module, or a skeleton with its parameters on ``meta``.
         read: the source tensor of a parameter or buffer name.
         path: the directory it came from, if any.
-        stored_as: parameter name -> name in the checkpoint files.
+        stored_as: parameter name -> what it is stored as in the checkpoint files; for the rest, what
+            transformers would store it as counts.
         dtype: floating-point dtype that most parameters are stored in.
         notes: what a reader of the report must know about how the model was read.
         has_values: False for a model whose weights are nowhere, which can be traced but not run.
@@ -40,7 +43,7 @@ class ModelSource:
     module: nn.Module
     read: Callable[[str], Tensor]
     path: Path | None = None
-    stored_as: Mapping[str, str] = field(default_factory=dict)
+    stored_as: Mapping[str, list[Piece]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     notes: list[str] = field(default_factory=list)
     has_values: bool = True
@@ -75,16 +78,27 @@ class ModelSource:
             )
         return load_tokenizer(self.path)
 
-    def on_disk(self, name: str) -> str:
-        """The name under which checkpoints store the tensor ``name`` of the module."""
+    def stored(self, name: str) -> list[Piece]:
+        """What checkpoints store the tensor ``name`` of the module as."""
         if name in self.stored_as:
             return self.stored_as[name]
+        return self._saved_as.get(name, [Piece(name)])
+
+    def on_disk(self, name: str) -> str:
+        """The name under which checkpoints store the tensor ``name`` of the module."""
+        if name in self.stored_as or name in self._saved_as:
+            return self.stored(name)[0].name
         module, _, part = name.rpartition(".")
         return f"{self.module_on_disk(module)}.{part}" if module else name
 
     def module_on_disk(self, name: str) -> str:
         """The prefix under which checkpoints store the tensors of the module ``name``."""
-        return self.stored_as.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+        pieces = self.stored(f"{name}.weight")
+        return (pieces[0].name if len(pieces) == 1 else f"{name}.weight").removesuffix(".weight")
+
+    @functools.cached_property
+    def _saved_as(self) -> dict[str, list[Piece]]:
+        return {} if self.stored_as else disk_names(self.module)
 
     def names(self) -> list[str]:
         """Names of all parameters and buffers, one per storage."""
@@ -228,27 +242,26 @@ def from_directory(path: Path) -> ModelSource:
         )
     module, files = skeleton(path), checkpoint.tensors
     tensors = dict(named_tensors(module))
-    tied = aliases(module)
-    stored = match_names(
-        [n for n, t in tensors.items() if t.is_meta],
-        list(files),
-        getattr(module, "base_model_prefix", ""),
-        tied,
-    )
-    missing = [n for n, t in tensors.items() if t.is_meta and n not in stored]
+    wanted = [n for n, t in tensors.items() if t.is_meta]
+    stored = match_stored(wanted, module, list(files), aliases(module))
+    missing = [name for name in wanted if name not in stored]
     if missing:
         return _through_transformers(path, module, missing)
-    for name, on_disk in stored.items():
-        if tuple(files.info(on_disk).shape) != tuple(tensors[name].shape):
-            raise CheckpointError(
-                f"{path}: tensor {on_disk!r} has shape {tuple(files.info(on_disk).shape)}, but config.json "
-                f"describes {tuple(tensors[name].shape)}: config and weights belong to different models"
-            )
+    for name, pieces in stored.items():
+        expected = [piece.shape(tuple(tensors[name].shape)) for piece in pieces]
+        for piece, shape in zip(pieces, expected, strict=True):
+            if tuple(files.info(piece.name).shape) != shape:
+                raise CheckpointError(
+                    f"{path}: tensor {piece.name!r} has shape {tuple(files.info(piece.name).shape)}, but "
+                    f"config.json describes {shape}: config and weights belong to different models"
+                )
 
     def read(name: str) -> Tensor:
-        return files.get(stored[name]) if name in stored else tensors[name]
+        if name not in stored:
+            return tensors[name]
+        return read_pieces(stored[name], tuple(tensors[name].shape), files.get)
 
-    dtypes = [files.info(on_disk).dtype for on_disk in stored.values()]
+    dtypes = [files.info(piece.name).dtype for pieces in stored.values() for piece in pieces]
     return ModelSource(module, read, path, stored, max(set(dtypes), key=dtypes.count, default=torch.float32))
 
 
@@ -257,27 +270,6 @@ def _check_directory(path: Path) -> None:
         raise CheckpointError(
             f"{path} is not a directory: give a local Hugging Face model directory, or a module in memory"
         )
-
-
-def match_names(
-    wanted: list[str], on_disk: list[str], prefix: str, tied: Mapping[str, str]
-) -> dict[str, str]:
-    """Parameter name -> stored name: equal, or with the base model's prefix left out or put in front, or
-    stored under another name of a tied tensor."""
-    there = set(on_disk)
-    names: dict[str, list[str]] = {name: [name] for name in wanted}
-    for other, first in tied.items():
-        if first in names:
-            names[first].append(other)
-    found = {}
-    for name, spellings in names.items():
-        for spelling in spellings:
-            variants = [spelling, f"{prefix}.{spelling}", spelling.removeprefix(f"{prefix}.")]
-            match = next((v for v in variants if v in there), None)
-            if match is not None:
-                found[name] = match
-                break
-    return found
 
 
 def _through_transformers(path: Path, module: nn.Module, missing: list[str]) -> ModelSource:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
 from awqc.config import QuantConfig
 from awqc.context import Context
 from awqc.dispatch import routers
@@ -75,13 +77,25 @@ def _why_kept(view: Linear | ExpertLinear, config: QuantConfig, decides: Mapping
         return f"decides which experts of {decides[view.parameter]} a token goes to"
     if view.out_features == 1:
         return "has a single output: nothing to gain"
-    if not config.quantize_head and any(user.op == "output" for user in view.node.users):
+    if not config.quantize_head and _is_output(view.node):
         return "computes the model's output (quantize_head=True quantizes it)"
     if isinstance(view, Linear) and not view.parameter.endswith(".weight"):
         return "its weight is a parameter of its own, not that of a module that could be replaced"
     if view.other_readers:
         return f"its weight is also read by {view.other_readers[0].name}, so it must stay in float"
     return None
+
+
+def _is_output(node: fx.Node) -> bool:
+    """Whether an output of the model is computed from ``node`` alone, by ops that are no linears."""
+    while not any(user.op == "output" for user in node.users):
+        following = next(iter(node.users), None)
+        if following is None or len(node.users) > 1 or linear(following) or expert_linear(following):
+            return False
+        if any(n is not node and n.op != "get_attr" for n in following.all_input_nodes):
+            return False
+        node = following
+    return True
 
 
 def _check_any_left(views: Mapping[str, Linear | ExpertLinear], kept: Mapping[str, str]) -> None:
