@@ -97,6 +97,12 @@ function breakable(name) {
   return made;
 }
 
+// Without the names of its parts, which mean nothing to who hears them.
+function unlabel(plot) {
+  for (const group of plot.querySelectorAll("g[aria-label]")) group.removeAttribute("aria-label");
+  return plot;
+}
+
 const byId = (id) => document.getElementById(id);
 
 // What is chosen: a layer, and a parameter's kind within it. Whoever draws it listens.

@@ -100,6 +100,7 @@ function drawCurve(g) {
       Plot.dot(best, {x: "ratio", y: "loss", r: 5.5, stroke: "var(--ink)", strokeWidth: 1.5}),
     ],
   });
+  unlabel(plot).setAttribute("role", "img");
   const key = element("p", {className: "quiet"});
   families.forEach((name, i) => {
     const dot = element("span", {className: "swatch"});

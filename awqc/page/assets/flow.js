@@ -121,15 +121,15 @@ function drawBox(svg, box, {x, y, width, height}) {
   g.attr("class", `box ${box.linears.length ? "linear" : "producer"}${isFloat ? " float" : ""}`);
   g.classed("chosen", box.kind === chosen.kind);
   g.attr("role", "button").attr("tabindex", 0).attr("data-kind", box.kind);
-  g.attr("aria-label", `${box.kind}: ${box.sub}`).attr("aria-pressed", String(box.kind === chosen.kind));
+  g.attr("aria-pressed", String(box.kind === chosen.kind));
   g.append("rect").attr("class", "frame").attr("width", width).attr("height", height).attr("rx", box.linears.length ? 5 : 23);
   if (after !== undefined) {
     g.append("rect").attr("class", "mark").attr("x", 7).attr("y", 8).attr("width", 5).attr("height", height - 16).attr("rx", 2).style("fill", shade(after));
   }
   const left = after === undefined && !box.linears.length ? 14 : 19;
-  g.append("text").attr("class", "title").attr("x", left).attr("y", 19).text(box.title);
-  g.append("text").attr("class", "sub").attr("x", left).attr("y", 36).text(box.sub);
-  g.append("title").text([...box.names].slice(0, 8).join("\n") + (box.names.size > 8 ? "\n…" : ""));
+  const text = g.append("text");
+  text.append("tspan").attr("class", "title").attr("x", left).attr("y", 19).text(`${box.title} `);
+  text.append("tspan").attr("class", "sub").attr("x", left).attr("y", 36).text(box.sub);
   const open = () => {
     choose(chosen.layer, box.kind);
     byId("flow").querySelector(".box.chosen")?.focus();

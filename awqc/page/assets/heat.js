@@ -140,6 +140,7 @@ function makeKeyboardUsable(plot, kinds, there, across) {
     this.setAttribute("tabindex", "-1");
     this.setAttribute("aria-label", cellLabel(cell));
   });
+  unlabel(plot);
   const first = heat.current ? heat.index.get(heat.current) : rects.node();
   (first ?? rects.node()).setAttribute("tabindex", "0");
   rects.on("click", (event) => pick(event.currentTarget));
