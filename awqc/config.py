@@ -31,6 +31,8 @@ class QuantConfig:
             to later layers is routed as ever.
         keep: linears to leave in float, by name or shell-style pattern (``"*.down_proj"``).
         quantize_head: also quantize the linear that computes the model's output.
+        input_scales: where no parameter can absorb the scale of a linear's input, search one that is applied
+            at run time. It costs a multiplication, and only awqc's own checkpoints hold it.
         require_coverage: share of the parameters to be quantized, 0 to 1, that must be in a scale group; the
             compile stops before calibration if less are.
         seed: of everything random.
@@ -48,6 +50,7 @@ class QuantConfig:
     calibrate_all_experts: bool = False
     keep: tuple[str, ...] = ()
     quantize_head: bool = False
+    input_scales: bool = False
     require_coverage: float = 0.0
     seed: int = 0
 

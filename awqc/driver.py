@@ -6,6 +6,7 @@ from awqc.passes.calibrate import Calibrate
 from awqc.passes.canonicalize import Canonicalize
 from awqc.passes.check_coverage import CheckCoverage
 from awqc.passes.clip_weights import ClipWeights
+from awqc.passes.drop_unit_scales import DropUnitScales
 from awqc.passes.find_scale_groups import FindScaleGroups
 from awqc.passes.fold_constants import FoldConstants
 from awqc.passes.fold_scales import FoldScales
@@ -13,6 +14,7 @@ from awqc.passes.insert_observers import InsertObservers
 from awqc.passes.lower import Lower
 from awqc.passes.quantize_linears import QuantizeLinears
 from awqc.passes.round_weights import RoundWeights
+from awqc.passes.scale_inputs import ScaleInputs
 from awqc.passes.search_scales import SearchScales
 from awqc.pipeline import Pipeline
 
@@ -23,6 +25,7 @@ def default_pipeline() -> Pipeline:
         (
             # once, over the whole graph
             Canonicalize(),
+            ScaleInputs(),
             FoldConstants(),
             FindScaleGroups(),
             InsertObservers(),
@@ -34,6 +37,7 @@ def default_pipeline() -> Pipeline:
             ClipWeights(),
             RoundWeights(),
             # once, over the whole graph
+            DropUnitScales(),
             QuantizeLinears(),
             Lower(),
         )

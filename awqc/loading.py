@@ -16,6 +16,7 @@ from awqc.disk_names import read_pieces
 from awqc.errors import CheckpointError
 from awqc.expert_storage import join
 from awqc.experts import QuantExperts
+from awqc.input_scales import SUFFIX
 from awqc.lowered import LoweredExperts, LoweredLinears
 from awqc.lowering import lower_linear
 from awqc.report import REPORT_FILE, Report
@@ -66,7 +67,9 @@ def load(
     for name, disk in contents.linears.items():
         bias = checkpoint.dense(f"{disk}.bias") if f"{disk}.bias" in checkpoint.tensors else None
         chosen = lower_linear(checkpoint.weight(disk), bias, dtype, device, backend)
-        lowered[name] = QuantLinear(chosen)
+        scale = disk + SUFFIX
+        scaled = checkpoint.dense(scale).to(device) if scale in checkpoint.tensors else None
+        lowered[name] = QuantLinear(chosen, scaled)
         if name in rows:
             rows[name].backend, rows[name].notes = chosen.backend.name, list(chosen.packed.notes)
     stacks = LoweredExperts()

@@ -24,7 +24,7 @@ class LinearRow:
         reason: why it is kept or refused; empty when quantized.
         scheme: bits, group size and symmetry, readable.
         group: the scale group it belongs to, or None.
-        no_group: why it has none.
+        no_group: why it has none, or why its group scales its input at run time.
         energy: ``tr(W H W^T)`` on held-out tokens, what errors are relative to; like them, summed over
             at most :data:`awqc.loss.GATE_ROWS` evenly spaced output channels.
         nearest_error: relative output error of round-to-nearest on held-out tokens,

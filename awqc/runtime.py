@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from awqc.errors import ConfigError
+from awqc.input_scales import PART
 from awqc.lowering import Lowered
 from awqc.packed import PackedModule
 
@@ -16,15 +17,22 @@ class QuantLinear(PackedModule):
 
     Args:
         lowered: from :func:`awqc.lowering.lower_linear`.
+        input_scale: ``(K,)`` that ``x`` is multiplied by first, where a scale could not be folded.
     """
 
-    def __init__(self, lowered: Lowered) -> None:
+    input_scale: Tensor | None
+
+    def __init__(self, lowered: Lowered, input_scale: Tensor | None = None) -> None:
         super().__init__(lowered)
         self.dtype = lowered.shape.dtype
+        self.register_buffer(PART, input_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         # Straight from the dictionary: attribute look-up of a buffer costs more than the op's dispatch.
         buffers = self._buffers
+        scale = buffers[PART]
+        if scale is not None:
+            x = (x * scale).to(x.dtype)
         return self.op(x, *[buffers[name] for name in self._names], *self.constants)
 
     def extra_repr(self) -> str:

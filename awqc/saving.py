@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from awqc.capture import relative_error
-from awqc.checkpoints import open_checkpoint, write_checkpoint
+from awqc.checkpoints import check_input_scales, open_checkpoint, write_checkpoint
 from awqc.errors import CheckpointError
 from awqc.expert_storage import StoredLinear, join, stored_linears
 from awqc.experts import QuantExperts
 from awqc.graph import execute
+from awqc.input_scales import SUFFIX
 from awqc.lowering import lower_linear
 from awqc.report import REPORT_FILE
 from awqc.runtime import QuantLinear
@@ -38,6 +39,8 @@ def save(
     """See :meth:`awqc.compiled.CompiledModel.save`."""
     source = compilation.source
     linears, stacks = model.quantized_linears(), model.quantized_experts()
+    if any(linear.input_scale is not None for linear in linears.values()):
+        check_input_scales(format)
     quantized = {source.module_on_disk(name): linear.unpack()[0] for name, linear in linears.items()}
     for name, experts in stacks.items():
         weight = experts.unpack()[0]
@@ -87,6 +90,8 @@ def _dense(
         bias = linear.unpack()[1]
         if bias is not None:
             yield compilation.source.on_disk(f"{name}.bias"), stored(bias)
+        if linear.input_scale is not None:  # not rounded: the weight was multiplied by its inverse
+            yield compilation.source.module_on_disk(name) + SUFFIX, linear.input_scale
 
 
 def _config(model: nn.Module, compilation: Compilation) -> dict[str, Any]:
@@ -176,7 +181,9 @@ def _read_back(
     for name in names:
         owner, _, _ = name.rpartition(".")
         stored, value = source.on_disk(name), memory[name]
-        if owner in linears:
+        if name.endswith(SUFFIX):
+            disk[name] = checkpoint.dense(source.module_on_disk(owner) + SUFFIX).to(value.device)
+        elif owner in linears:
             linear, bias = linears[owner], source.on_disk(f"{owner}.bias")
             if isinstance(linear, QuantExperts):
                 weight = join(_on_disk(owner, linear, source), checkpoint.weight)

@@ -33,6 +33,7 @@ def tables(report: Report, full: bool = False) -> RenderableType:
         kept(report, full),
         groups(report, full),
         ungrouped(report, full),
+        scaled_inputs(report, full),
         seconds(report),
         notes(report),
     ]
@@ -141,6 +142,12 @@ def ungrouped(report: Report, full: bool = False) -> Table | None:
     """Quantized linears without an input scale, with what stands in the way."""
     rows = [(row.name, _shape(row), row.no_group) for row in report.quantized() if row.group is None]
     return _reasons("Linears without a scale group", rows, full)
+
+
+def scaled_inputs(report: Report, full: bool = False) -> Table | None:
+    """Quantized linears whose input is multiplied by a scale at run time, with what no fold could pass."""
+    rows = [(row.name, _shape(row), row.no_group) for row in report.quantized() if row.group and row.no_group]
+    return _reasons("Linears with an input scale at run time", rows, full)
 
 
 def groups(report: Report, full: bool = False) -> Table | None:

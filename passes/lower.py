@@ -18,6 +18,7 @@ from awqc.backend import Backend
 from awqc.context import Context
 from awqc.experts import QuantExperts
 from awqc.graph import Graph
+from awqc.input_scales import input_scale
 from awqc.lowered import LoweredExperts, LoweredLinears, QuantizedLinears
 from awqc.lowering import Lowered, lower_linear
 from awqc.packed import PackedModule
@@ -51,7 +52,11 @@ class Lower(Pass):
             if node.target is torch.ops.awqc.qlinear.default:
                 view = QLinear(node)
                 if view.name not in linears:
-                    linears[view.name] = QuantLinear(self._lower(graph, view, rows[view.name]))
+                    scaled = input_scale(view.x)
+                    linears[view.name] = QuantLinear(
+                        self._lower(graph, view, rows[view.name]),
+                        None if scaled is None else graph.weights[str(scaled[1].target)],
+                    )
                 _rewire(graph, view, linears[view.name])
             elif node.target is torch.ops.awqc.qexperts.default:
                 stack = QExperts(node)

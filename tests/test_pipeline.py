@@ -33,6 +33,7 @@ from tests.passes.graphs import ANALYSIS, OBSERVED, Look, Mlp, context_of, graph
 
 DEFAULT = [
     "canonicalize",
+    "scale-inputs",
     "fold-constants",
     "find-scale-groups",
     "insert-observers",
@@ -42,6 +43,7 @@ DEFAULT = [
     "fold-scales",
     "clip-weights",
     "round-weights",
+    "drop-unit-scales",
     "quantize-linears",
     "lower",
 ]

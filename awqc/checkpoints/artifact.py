@@ -27,9 +27,11 @@ SCALES = (torch.float16, torch.bfloat16, torch.float32)
 @register_format("awqc")
 class Artifact(CheckpointFormat):
     """``X.codes`` ``(N, ceil(K / 8) * bits)`` uint8 and ``X.zeros`` ``(N, ceil(G / 8) * bits)`` uint8, packed
-    by :func:`~awqc.checkpoints.packing.pack_bits`; ``X.scales`` ``(N, G)``; ``X.shape`` ``[N, K]``."""
+    by :func:`~awqc.checkpoints.packing.pack_bits`; ``X.scales`` ``(N, G)``; ``X.shape`` ``[N, K]``;
+    ``X.input_scale`` ``(K,)`` where the input is multiplied by it."""
 
     served = False
+    input_scales = True
 
     def refuses(self, out_features: int, in_features: int, scheme: Scheme) -> str | None:
         return None

@@ -95,11 +95,13 @@ class CheckpointFormat(ABC):
     """How one family of checkpoints stores quantized linears. Stateless.
 
     ``served`` says that serving engines load this format. They compute in float16 or bfloat16 only, and
-    take every safetensors file in the directory for weights.
+    take every safetensors file in the directory for weights. ``input_scales`` says that it stores vectors
+    that inputs of linears are multiplied by.
     """
 
     name: ClassVar[str] = ""
     served: ClassVar[bool] = True
+    input_scales: ClassVar[bool] = False
 
     @abstractmethod
     def refuses(self, out_features: int, in_features: int, scheme: Scheme) -> str | None:
@@ -169,6 +171,20 @@ def get_format(name: str) -> CheckpointFormat:
     if name not in _REGISTRY:
         raise CheckpointError(f"unknown checkpoint format {name!r}: choose one of {', '.join(formats())}")
     return _REGISTRY[name]()
+
+
+def check_input_scales(name: str) -> None:
+    """Whether a format can carry scales that are applied at run time.
+
+    Raises:
+        CheckpointError: if it cannot; the message names formats that can.
+    """
+    if not get_format(name).input_scales:
+        able = [repr(other) for other, cls in formats().items() if cls.input_scales]
+        raise CheckpointError(
+            f"format {name!r} cannot store input scales, which are applied at run time: save as "
+            f"{' or '.join(able)}, or compile without input_scales"
+        )
 
 
 def check_format(name: str, linears: Mapping[str, tuple[int, int, Scheme]], head: str | None = None) -> None:

@@ -65,6 +65,14 @@ def compile(
         bool,
         typer.Option("--quantize-head", help="Also quantize the output head.", rich_help_panel=_QUANTIZATION),
     ] = False,
+    input_scales: Annotated[
+        bool,
+        typer.Option(
+            "--input-scales",
+            help="Where no parameter can absorb a scale, apply it at run time; needs --format awqc.",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = False,
     require_coverage: Annotated[
         float,
         typer.Option(
@@ -143,7 +151,7 @@ def compile(
     """Quantize MODEL and write a checkpoint that transformers, vLLM and awqc load."""
     with Bars("reading the model") as bars:
         from awqc.api import compile as compile_model
-        from awqc.checkpoints import check_output
+        from awqc.checkpoints import check_input_scales, check_output
         from awqc.cli.models import check_device, quiet
         from awqc.cli.passes import edit
         from awqc.cli.storable import Storable
@@ -159,6 +167,7 @@ def compile(
             propagate_dtype=propagate_dtype,  # type: ignore[arg-type]
             keep=tuple(keep or ()),
             quantize_head=quantize_head,
+            input_scales=input_scales,
             require_coverage=require_coverage,
             seed=seed,
         )
@@ -167,6 +176,8 @@ def compile(
             raise ConfigError(f"{out} is the model itself: choose another output path")
         storable = Storable(format)
         storable.check_scheme(config.scheme)
+        if input_scales:
+            check_input_scales(format)
         pipeline = edit(
             Pipeline.default().insert_after("insert-observers", storable),
             before or (),

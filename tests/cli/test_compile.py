@@ -98,6 +98,7 @@ def test_defaults_are_those_of_the_library() -> None:
         "zero_point",
         "quantize_head",
         "propagate",
+        "input_scales",
         "require_coverage",
         "seed",
     ):
@@ -159,6 +160,11 @@ def _unreached(*_: Any, **__: Any) -> Any:
             "unknown checkpoint format 'gguf': choose one of awq, awqc, compressed-tensors",
         ),
         (["--bits", "9"], "bits=9: awqc quantizes to 2, 3, 4, 5, 6, 7 or 8 bits"),
+        (
+            ["--input-scales"],
+            "format 'awq' cannot store input scales, which are applied at run time: save as 'awqc', or "
+            "compile without input_scales",
+        ),
         (["--require-coverage", 90], "require_coverage=90.0: give a share between 0 and 1"),
         (["--propagate", "both"], "propagate='both': choose 'quantized' or 'float'"),
         (
