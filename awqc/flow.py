@@ -100,11 +100,11 @@ class Flow:
             return None
         on_rows = RowOp(node, self)
         moved = rule(on_rows)
+        joined = {n: Routing(one.key, rows, one.offsets) for n, rows in on_rows.joined.items()}
+        value = rule(Op(node, self, joined))
         if on_rows.reason is not None:
             self._refuse_all(node, f"rows that different experts serve are mixed: {on_rows.reason}")
             return None
-        joined = {n: Routing(one.key, rows, one.offsets) for n, rows in on_rows.joined.items()}
-        value = rule(Op(node, self, joined))
         if isinstance(value, list):
             rows = moved if isinstance(moved, list) else [None] * len(value)
             return [self._routed(node, v, r, one) for v, r in zip(value, rows, strict=True)]

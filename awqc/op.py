@@ -40,6 +40,9 @@ class Refusal:
 class Op:
     """What a rule sees of one node: its operands' abstract values, and the verbs of the flow."""
 
+    #: Whether values are row numbers; see :class:`RowOp`.
+    on_rows = False
+
     def __init__(
         self, node: fx.Node, flow: Flow, routings: Mapping[fx.Node, Routing] = types.MappingProxyType({})
     ) -> None:
@@ -94,6 +97,9 @@ class Op:
         wanted = Scaled(ids, degree, self._routings.get(operand))
         return self._flow.join(operand, wanted, computed)
 
+    def align(self, operand: fx.Node, ids: Tensor) -> None:
+        """Say that elements of ``operand`` meet elements of a value with ``ids``, of the operand's shape."""
+
     @property
     def families(self) -> Families:
         """What ids of families stand for, for rules of linears of experts."""
@@ -106,6 +112,8 @@ class RowOp(Op):
     A rule that is right about ids is right about row numbers: the row that it says an element of the result
     comes from is the row whose expert still divides it. What it would refuse, nobody knows the row of.
     """
+
+    on_rows = True
 
     def __init__(self, node: fx.Node, flow: Flow) -> None:
         super().__init__(node, flow)
@@ -122,6 +130,10 @@ class RowOp(Op):
         """Note that rows are mixed."""
         if value is not None and (where is None or bool(where.any())):
             self.reason = reason
+
+    def align(self, operand: fx.Node, ids: Tensor) -> None:
+        """Note the row numbers of what each element meets."""
+        self.joined[operand] = ids
 
     def join(self, operand: Any, ids: Tensor, degree: float, computed: bool = False) -> bool:
         """Note the row numbers of what is to be divided along."""

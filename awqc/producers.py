@@ -37,9 +37,13 @@ def producers(
         sites, families: those of the flow.
         computed: ``node`` may also be a linear over a parameter, or a sum of such.
     """
-    if families.hold(unexpanded(wanted.ids)):
+    if picked(node) is not None:
         table = _picked(node, wanted, families)
         return None if table is None else producers(*table, sites, families)
+    if is_transpose(node):
+        return producers(operand(node, 0), wanted.transposed(), sites, families)
+    if families.hold(unexpanded(wanted.ids)):
+        return None
     moved = _moved_site(node, wanted, sites)
     if moved is not None:
         return moved
@@ -60,14 +64,21 @@ def producers(
 
 
 def _picked(node: fx.Node, wanted: Scaled, families: Families) -> tuple[fx.Node, Scaled] | None:
-    """What ``node`` picks by the routing of ``wanted``, one entry for each expert, and how that is scaled."""
-    found, routing = picked(node), wanted.routing
-    if found is None or routing is None or found[1] is not routing.key or routing.offsets:
+    """The table that ``node`` picks entries of, and how that is scaled: all entries alike, or, where
+    ``wanted`` holds families, each expert's entry by its own channels."""
+    found = picked(node)
+    assert found is not None
+    table, by = found
+    rows = range(len(shape(by)))
+    if not all(wanted.constant_along(dim) for dim in rows):
         return None
-    if not routing.in_place() or not wanted.constant_along(0):
+    ids, size = wanted.ids[(0,) * len(rows)], shape(table)
+    if not families.hold(unexpanded(ids)):
+        return table, Scaled(ids.expand(size), wanted.degree)
+    routing = wanted.routing
+    if routing is None or by is not routing.key or routing.offsets or not routing.in_place():
         return None
-    table = families.table(wanted.ids[0], shape(found[0])[0])
-    return found[0], Scaled(table, wanted.degree)
+    return table, Scaled(families.table(ids, size[0]), wanted.degree)
 
 
 def _moved_site(node: fx.Node, wanted: Scaled, sites: Sites) -> Plan | None:
@@ -89,8 +100,8 @@ def _invert(site: Site, chain: list[fx.Node], wanted: Scaled) -> Scaled | None:
     if they do more than move, or one element of the site would need two scales."""
     from awqc.rules.movement import replay
 
-    if all(is_transpose(node) for node in chain):
-        return Scaled(compact(wanted.ids.mT if len(chain) % 2 else wanted.ids), wanted.degree)
+    if not chain:
+        return Scaled(compact(wanted.ids), wanted.degree)
     count = math.prod(shape(site.node))
     if count > _LARGEST_INVERSE or wanted.ids.numel() > _LARGEST_INVERSE:
         return None

@@ -9,6 +9,8 @@ known can another parameter of the same expert undo the scale.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +29,8 @@ class Routing:
     """Which expert serves each element of a tensor.
 
     Args:
-        key: the expert of each row, or if ``offsets`` the first row after those of each expert.
-        rows: for each element, its row; integer tensor of the tensor's shape.
+        key: the expert of each row, of any shape, or if ``offsets`` the first row after those of each expert.
+        rows: for each element, its row in the flattened key; integer tensor of the tensor's shape.
         offsets: what ``key`` holds.
     """
 
@@ -36,16 +38,23 @@ class Routing:
     rows: Tensor
     offsets: bool
 
+    @classmethod
+    def of_rows(cls, key: fx.Node, size: Sequence[int], offsets: bool = False) -> Routing:
+        """Elements of a tensor of shape ``size`` whose first dimensions are the rows, in their order."""
+        count = 1 if offsets else len(shape(key))
+        first = torch.arange(math.prod(size[:count])).reshape(*size[:count], *[1] * (len(size) - count))
+        return cls(key, first.expand(size), offsets)
+
     def in_place(self) -> bool:
-        """Whether every element is still in its row, the first dimension."""
-        first = torch.arange(self.rows.shape[0]).reshape(-1, *[1] * (self.rows.ndim - 1))
-        return torch.equal(*torch.broadcast_tensors(self.rows, first))
+        """Whether the first dimensions are the rows, in their order."""
+        others = Routing.of_rows(self.key, self.rows.shape, self.offsets)
+        return torch.equal(self.rows, others.rows)
 
     def served_by(self, key: Tensor) -> Tensor:
         """The expert that serves each element, shape of ``rows``, given the value of ``key``."""
         rows = self.rows.to(key.device).long()
         if not self.offsets:
-            return key[rows]
+            return key.flatten()[rows]
         # Rows after the last expert's come out as zeros, whatever divides them.
         return torch.searchsorted(key.contiguous(), rows.contiguous(), right=True).clamp(max=len(key) - 1)
 

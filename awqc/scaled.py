@@ -36,6 +36,13 @@ class Scaled:
             routing = replace(routing, rows=compact(routing.rows))
         return Scaled(compact(self.ids), self.degree, routing)
 
+    def transposed(self) -> Scaled:
+        """What it says of the tensor with its last two dimensions swapped."""
+        routing = self.routing
+        if routing is not None:
+            routing = replace(routing, rows=routing.rows.mT)
+        return Scaled(self.ids.mT, self.degree, routing)
+
     def used(self) -> Tensor:
         """The distinct ids."""
         core = self.core()

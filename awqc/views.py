@@ -98,6 +98,8 @@ def is_transpose(node: fx.Node) -> bool:
 
 def picked(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(what, by) if ``node`` is ``what[by]`` for integers ``by`` along the first dimension, or None."""
+    if node.target is aten.embedding.default:
+        return operand(node, 0), operand(node, 1)
     if node.target is not aten.index.Tensor:
         return None
     what, indices = operand(node, 0), operand(node, 1)

@@ -86,7 +86,7 @@ def convolve(op: Op) -> Value:
         op.poison(op.value(bias), "a bias alone cannot be scaled")
         return None
     if rows is not None:
-        ids, degree = rows.ids.flatten(1)[:, 0], rows.degree
+        ids, degree = _first(rows.ids), rows.degree
     else:
         assert value is not None
         ids, degree = _channels(value).repeat_interleave(shape(weight)[0] // groups), value.degree
@@ -101,9 +101,16 @@ def _of_rows(weight: Scaled) -> bool:
     return all(weight.constant_along(dim) for dim in range(1, weight.ids.ndim))
 
 
+def _first(ids: Tensor) -> Tensor:
+    """``ids`` at the first index of every dimension but the first."""
+    while ids.ndim > 1:
+        ids = ids[..., 0]
+    return ids
+
+
 def _channels(x: Scaled) -> Tensor:
     """The ids ``(C,)`` of the input's channels."""
-    return x.ids[0].flatten(1)[:, 0]
+    return _first(x.ids[0])
 
 
 def _columns(x: Scaled, size: tuple[int, ...], groups: int) -> Tensor:

@@ -63,8 +63,7 @@ def grouped_linear(op: Op) -> Value:
     if ids is None:
         op.poison(stack, "the channels of the experts are not evenly spaced")
         return None
-    rows = torch.arange(op.shape[0])[:, None].expand(op.shape)
-    routing = Routing(key, rows, holds_offsets) if op.families.hold(ids) else None
+    routing = Routing.of_rows(key, op.shape, holds_offsets) if op.families.hold(ids) else None
     return Scaled(ids.expand(op.shape), stack.degree, routing)
 
 

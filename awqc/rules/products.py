@@ -52,9 +52,13 @@ def contract(op: Op, left: Factor, right: Factor, result: Sequence[str]) -> Valu
     if inner_a:
         _undo(op, a, b, right, labels)
         a = None
+    elif a is not None and (ids := _onto(right, a, labels)) is not None:
+        op.align(right.node, ids)
     if inner_b:
         _undo(op, b, a, left, labels)
         b = None
+    elif b is not None and (ids := _onto(left, b, labels)) is not None:
+        op.align(left.node, ids)
     outer = [None if v is None else Scaled(_first(v.ids, summed).expand(op.shape), v.degree) for v in (a, b)]
     return multiplied(op, outer[0], outer[1])
 
@@ -103,10 +107,18 @@ def _lacking(there: list[bool]) -> list[int]:
 def _undo(op: Op, value: Scaled | None, other: Scaled | None, factor: Factor, labels: list[str]) -> None:
     """Let ``factor``, whose value is ``other``, undo ``value``, or refuse."""
     assert value is not None
-    lacking = _lacking([label in factor.labels for label in labels])
-    if other is not None or _varies(value, lacking):
+    ids = _onto(factor, value, labels)
+    if other is not None or ids is None:
         op.poison(value, _MIXED)
-        return
+    elif not op.join(factor.node, ids, -value.degree):
+        op.poison(value, f"{_MIXED}, and {factor.node} cannot undo it")
+
+
+def _onto(factor: Factor, value: Scaled, labels: list[str]) -> Tensor | None:
+    """The ids that each element of ``factor`` meets; None if it meets several."""
+    lacking = _lacking([label in factor.labels for label in labels])
+    if _varies(value, lacking):
+        return None
     ids = value.ids
     for dim in reversed(lacking):
         ids = ids.select(dim, 0)
@@ -115,8 +127,7 @@ def _undo(op: Op, value: Scaled | None, other: Scaled | None, factor: Factor, la
     for dim, label in enumerate(factor.labels):
         if label is None:
             ids = ids.unsqueeze(dim)
-    if not op.join(factor.node, ids.expand(shape(factor.node)), -value.degree):
-        op.poison(value, f"{_MIXED}, and {factor.node} cannot undo it")
+    return ids.expand(shape(factor.node))
 
 
 _A = example(2, 3, 4)

@@ -6,11 +6,12 @@ import torch
 from torch import fx
 
 from awqc.op import Op
+from awqc.routing import Routing
 from awqc.rules import Sample, example, rule
 from awqc.rules.creation import is_zero
 from awqc.rules.sums import agreed
 from awqc.scaled import Scaled, Value
-from awqc.views import shape
+from awqc.views import picked, shape
 
 aten = torch.ops.aten
 
@@ -47,6 +48,7 @@ def embedding(op: Op) -> Value:
 
 _GRID = example(2, 3, 4, 8)
 _ROWS = torch.arange(4, dtype=torch.int32)[:, None]
+_SQUARES = torch.tensor([[0], [1], [4]])
 
 
 @rule(
@@ -56,6 +58,11 @@ _ROWS = torch.arange(4, dtype=torch.int32)[:, None]
         Sample((_GRID, [None, None, torch.tensor([3, 1])]), scale={0: _IDS}),
         Sample((_GRID, [torch.tensor([[1, 0, 1]]), torch.tensor([[2], [0]])]), scale={0: _IDS}),
         Sample((_GRID, [None, None, torch.tensor([-1])]), scale={0: _ROWS}, alive=0),
+        Sample((_GRID[0], [torch.tensor([2, 0, 2])]), scale={0: torch.arange(96).reshape(3, 4, 8)}),
+        Sample((_GRID[0], [torch.tensor([[2], [0]])]), scale={0: torch.arange(12).reshape(3, 4, 1)}),
+        Sample(
+            (_GRID[0], [torch.tensor([2, 0, 2])]), scale={0: torch.arange(3)[:, None, None] ** 2}, alive=2
+        ),
         Sample((_GRID, [None, None, torch.tensor([True, False, True, True])]), scale={0: _IDS}, alive=0),
     ],
 )
@@ -64,6 +71,9 @@ def index(op: Op) -> Value:
     value = op.value(op.args[0])
     if value is None:
         return None
+    one = picked(op.node)
+    if one is not None and not op.on_rows and op.constant(one[1]) is None and not value.constant_along(0):
+        return _of_experts(op, value, one[1])
     picks: list[torch.Tensor | None] = []
     for dim, where in enumerate(op.args[1]):
         if not isinstance(where, fx.Node):
@@ -74,10 +84,21 @@ def index(op: Op) -> Value:
         if fake.dtype == torch.bool or (known is None and not value.constant_along(dim)):
             op.poison(value, f"picks by {where}, whose values are not known, what is scaled differently")
             return None
-        one = torch.zeros([1] * fake.ndim, dtype=torch.long)
-        picks.append(one if value.constant_along(dim) or known is None else known)
+        first = torch.zeros([1] * fake.ndim, dtype=torch.long)
+        picks.append(first if value.constant_along(dim) or known is None else known)
     ids = op.node.target(value.core(), picks)  # type: ignore[operator]
     return Scaled(ids.expand(op.shape), value.degree)
+
+
+def _of_experts(op: Op, value: Scaled, by: fx.Node) -> Value:
+    """The entries of a table, one for each expert, that ``by`` picks: known up to the expert."""
+    core = value.core()
+    families = op.families.enter(by, core.flatten(1))
+    if families is None:
+        op.poison(value, f"picks by {by}, whose values are not known, what is scaled differently")
+        return None
+    ids = families.reshape(*[1] * len(shape(by)), *core.shape[1:]).expand(op.shape)
+    return Scaled(ids, value.degree, Routing.of_rows(by, op.shape))
 
 
 _PICK = torch.tensor([1, 0, 1, 1])
