@@ -43,8 +43,8 @@ class QuantExperts(PackedModule):
         buffers = self._buffers
         return self.op(x, offsets, *[buffers[name] for name in self._names], *self.constants)
 
-    def dense(self) -> Tensor:
-        """The weights dequantized, in the layout of the parameter."""
+    def dequantize(self) -> Tensor:
+        """The weights ``(E, N, K)`` or ``(E, K, N)``, as the parameter was."""
         weight = self.unpack()[0].dequantize(self.dtype)
         return weight.mT if self.transposed else weight
 
@@ -140,15 +140,15 @@ class Weights:
         last = {self.ndim - 2, self.ndim - 1}
         if {first % self.ndim, second % self.ndim} == last:
             return self.mT
-        return self.dense().transpose(first, second)
+        return self.dequantize().transpose(first, second)
 
     def t(self) -> Weights | Tensor:
         """As :meth:`torch.Tensor.t`."""
-        return self.mT if self.ndim == 2 else self.dense().t()
+        return self.mT if self.ndim == 2 else self.dequantize().t()
 
-    def dense(self) -> Tensor:
+    def dequantize(self) -> Tensor:
         """The tensor that this stands for."""
-        weight = self.module.dense()
+        weight = self.module.dequantize()
         weight = weight.mT if self.transposed != self.module.transposed else weight
         return weight if self.chosen is None else weight[self.chosen]
 
@@ -175,7 +175,7 @@ class Weights:
         whole = isinstance(index, Tensor) and index.ndim < 2 and index.dtype in (torch.int64, torch.int32)
         if whole and self.chosen is None:
             return Weights(self.module, self.transposed, index)
-        item: Tensor = self.dense()[index]
+        item: Tensor = self.dequantize()[index]
         return item
 
     def __len__(self) -> int:
@@ -184,7 +184,7 @@ class Weights:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self.dense(), name)
+        return getattr(self.dequantize(), name)
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         return torch.matmul(x, self)  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ def _seen(value: Any) -> Any:
 
 
 def _tensor(value: Any) -> Any:
-    return value.dense() if isinstance(value, Weights) else value
+    return value.dequantize() if isinstance(value, Weights) else value
 
 
 def _grouped(
