@@ -18,11 +18,11 @@ from awqc.context import Context
 from awqc.dispatch import Rerouting, choice
 from awqc.errors import NonFiniteError
 from awqc.expert_statistics import ExpertStatistics
-from awqc.flow import op_name
 from awqc.functional import rewrites
 from awqc.graph import Env, Graph, execute
 from awqc.groups import ScaleGroup, ScaleGroups
 from awqc.input_statistics import InputStatistics, split_sample
+from awqc.op import op_name
 from awqc.products import propagation_dtype, rounded_linears
 from awqc.stages import Observer, Stage, Stages
 from awqc.statistics import Statistics
@@ -255,7 +255,8 @@ class Activations:
 
 def weight_only(graph: Graph) -> set[fx.Node]:
     """Nodes that depend on parameters that passes may change, and on no input."""
-    changeable = {view.parameter for view in (*linears(graph), *expert_linears(graph))}
+    changeable = {view.parameter for view in linears(graph)}
+    changeable |= {view.parameter for view in expert_linears(graph)}
     if ScaleGroups in graph.facts:
         changeable |= {part.parameter for group in graph.facts[ScaleGroups] for part in group.parts}
     on_inputs = dependent_on(graph, lambda n: n.op == "placeholder")

@@ -146,7 +146,7 @@ def match_names(
 def _on_the_way_to_disk(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     from transformers.core_model_loading import revert_weight_conversion
 
-    return dict(revert_weight_conversion(module, state))  # type: ignore[arg-type]
+    return dict(revert_weight_conversion(module, state))
 
 
 def _rows(shape: tuple[int, ...]) -> Tensor:

@@ -90,8 +90,11 @@ def _members(graph: Graph, observers: list[Observer], group: ScaleGroup) -> Iter
         for view in observer.views:
             if view.parameter not in schemes:
                 continue
-            stacked = isinstance(view, ExpertLinear)
-            ids, degree = group.at_experts(view) if stacked else group.at_input(observer.node)
+            if isinstance(view, ExpertLinear):
+                ids, degree = group.at_experts(view)
+            else:
+                ids, degree = group.at_input(observer.node)
+                ids = ids[None]
             ids = ids.to(graph.weights.device)
             for index, matrix in enumerate(matrices(view)):
                 yield Member(
@@ -99,6 +102,6 @@ def _members(graph: Graph, observers: list[Observer], group: ScaleGroup) -> Iter
                     matrix.weight(graph.weights),
                     schemes[view.parameter],
                     statistics.of(observer.node, matrix),
-                    ids[index] if stacked else ids,
+                    ids[index],
                     degree,
                 )

@@ -133,7 +133,10 @@ def check_saved(model: CompiledModel, compilation: Compilation, path: Path) -> N
     Raises:
         CheckpointError: if the results differ by more than the rounding of dense tensors to half precision.
     """
-    graph, linears = model.graph, {**model.quantized_linears(), **model.quantized_experts()}
+    graph = model.graph
+    linears: dict[str, QuantLinear | QuantExperts] = {}
+    linears |= model.quantized_linears()
+    linears |= model.quantized_experts()
     nodes, result = _first_stage(graph.graph, {linear.op for linear in linears.values()})
     names = [str(node.target) for node in nodes if node.op == "get_attr"]
     memory = {name: _attribute(graph, name) for name in names}

@@ -78,6 +78,12 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
             "linears",
             ", ".join([f"{schemes or 'none quantized'}", *(f"{n} {what}" for what, n in others.items())]),
         )
+    stacks = [row for row in rows if row.expert_tokens]
+    if stacks:
+        tokens = [count for row in stacks for count in row.expert_tokens]
+        few = sum(row.borrowing for row in stacks)
+        borrowing = f"; {few} of {len(tokens)} had too few and took their layer's" if few else ""
+        yield "experts", f"{min(tokens):,} to {max(tokens):,} calibration tokens each{borrowing}"
     if rows:
         yield "coverage", f"{report.coverage:.1%} of the quantized parameters are in a scale group"
     if report.groups:
@@ -174,7 +180,8 @@ def groups(report: Report, full: bool = False) -> Table | None:
 
 def analysis(found: Analysis, full: bool = False) -> RenderableType:
     """Scale groups and refusals of a model that was analyzed, not compiled."""
-    from awqc.views import linears as views_of  # needs torch, which a report does not
+    from awqc.views import expert_linears  # views need torch, which a report does not
+    from awqc.views import linears as views_of
 
     table = _table("Scale groups", "producers", *_count(full), ">channels", "consumers")
 
@@ -189,9 +196,12 @@ def analysis(found: Analysis, full: bool = False) -> RenderableType:
 
     for (producers, channels, consumers), members in _by(found.groups, kind):
         table.add_row(producers, *([] if full else [str(len(members))]), channels, consumers)
-    views = {view.parameter: view for view in views_of(found.graph)}
+    shapes = {v.parameter: f"{v.out_features}x{v.in_features}" for v in views_of(found.graph)}
+    shapes |= {
+        v.parameter: f"{v.count} x {v.out_features}x{v.in_features}" for v in expert_linears(found.graph)
+    }
     refused = [
-        (name.removesuffix(".weight"), f"{views[name].out_features}x{views[name].in_features}", there)
+        (name.removesuffix(".weight"), shapes[name], there)
         for name, there in found.linears.items()
         if isinstance(there, str)
     ]
@@ -280,7 +290,8 @@ def _kind(name: str) -> str:
 
 
 def _shape(row: LinearRow) -> str:
-    return f"{row.out_features}x{row.in_features}"
+    shape = f"{row.out_features}x{row.in_features}"
+    return shape if row.expert_count is None else f"{row.expert_count} x {shape}"
 
 
 def _families(rows: list[GroupRow]) -> str:

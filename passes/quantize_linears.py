@@ -31,25 +31,29 @@ class QuantizeLinears(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         found = QuantizedLinears()
-        for view in [*linears(graph), *expert_linears(graph)]:
+        views: list[Linear | ExpertLinear] = [*linears(graph)]
+        views += expert_linears(graph)
+        for view in views:
             rounded = graph.weights.rounded(view.parameter)
             if rounded is None:
                 _kept_after_all(context, view)
                 continue
-            weight, stacked = rounded.weight, isinstance(view, ExpertLinear)
-            name = view.parameter if stacked else view.name
+            weight = rounded.weight
+            name = view.name if isinstance(view, Linear) else view.parameter
             codes, scales, zeros = (
                 parameter(graph, f"{name}.{part}", getattr(weight, part), before=view.node)
                 for part in ("codes", "scales", "zeros")
             )
             size = weight.scheme.group_size
             with graph.fx.inserting_before(view.node):
-                if stacked:
-                    args = (view.x, view.offsets, codes, scales, zeros, size)
-                    node = graph.fx.call_function(torch.ops.awqc.qexperts.default, args)
+                if isinstance(view, Linear):
+                    node = graph.fx.call_function(
+                        torch.ops.awqc.qlinear.default, (view.x, codes, scales, zeros, view.bias, size)
+                    )
                 else:
-                    args = (view.x, codes, scales, zeros, view.bias, size)
-                    node = graph.fx.call_function(torch.ops.awqc.qlinear.default, args)
+                    node = graph.fx.call_function(
+                        torch.ops.awqc.qexperts.default, (view.x, view.offsets, codes, scales, zeros, size)
+                    )
             node.meta = dict(view.node.meta)
             view.node.replace_all_uses_with(node)
             graph.fx.erase_node(view.node)

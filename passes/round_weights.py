@@ -88,13 +88,12 @@ class RoundWeights(Pass):
             for matrix, rounded in zip(group, self._rounded(weights, on, statistics), strict=True):
                 found[matrix.parameter].append(rounded)
         for view in views:
-            rounded, row = found[view.parameter], context.report.linears[view.parameter]
+            each, row = found[view.parameter], context.report.linears[view.parameter]
             row.scheme = str(schemes[view.parameter])
-            how = [one.rounding for one in rounded]
+            how = [one.rounding for one in each]
             row.rounding = how[0] if len(set(how)) == 1 else f"{how.count('compensated')} compensated"
-            row.error = sum(one.error for one in rounded) / (row.energy or 1.0)
-            weights = [one.weight for one in rounded]
-            weight = stack(weights) if isinstance(view, ExpertLinear) else weights[0]
+            row.error = sum(one.error for one in each) / (row.energy or 1.0)
+            weight = stack([one.weight for one in each]) if isinstance(view, ExpertLinear) else each[0].weight
             graph.weights[view.parameter] = Rounded(weight, view.transposed)
 
     def _rounded(

@@ -13,6 +13,7 @@ from awqc.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from awqc.compiled import CompiledModel
+    from awqc.packed import PackedModule
 
 _QUANTIZATION, _CALIBRATION, _PASSES = "Quantization", "Calibration", "Passes"
 
@@ -99,6 +100,21 @@ def compile(
             rich_help_panel=_CALIBRATION,
         ),
     ] = "auto",
+    min_expert_tokens: Annotated[
+        int,
+        typer.Option(
+            help="An expert that fewer calibration tokens reach is quantized by those of its whole layer.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = 128,
+    calibrate_all_experts: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate-all-experts",
+            help="Calibrate every expert on every token, not on those that come to it.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = False,
     max_calib_samples: Annotated[
         int, typer.Option(help="Sequences at most.", rich_help_panel=_CALIBRATION)
     ] = 128,
@@ -165,6 +181,8 @@ def compile(
             zero_point=zero_point,
             propagate=propagate,  # type: ignore[arg-type]  # checked by QuantConfig itself
             propagate_dtype=propagate_dtype,  # type: ignore[arg-type]
+            min_expert_tokens=min_expert_tokens,
+            calibrate_all_experts=calibrate_all_experts,
             keep=tuple(keep or ()),
             quantize_head=quantize_head,
             input_scales=input_scales,
@@ -222,10 +240,8 @@ def save(compiled: CompiledModel, out: Path, format: str, overwrite: bool) -> Pa
     """
     from awqc.checkpoints import check_format
 
-    linears = {
-        name: (linear.out_features, linear.in_features, linear.scheme)
-        for name, linear in compiled.quantized_linears().items()
-    }
+    modules: dict[str, PackedModule] = {**compiled.quantized_linears(), **compiled.quantized_experts()}
+    linears = {name: (m.out_features, m.in_features, m.scheme) for name, m in modules.items()}
     try:
         check_format(format, linears)
     except CheckpointError as error:

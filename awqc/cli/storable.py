@@ -11,7 +11,7 @@ from awqc.graph import Graph
 from awqc.pipeline import Pass
 from awqc.quantized import Scheme
 from awqc.schemes import Schemes
-from awqc.views import linears
+from awqc.views import ExpertLinear, Linear, expert_linears, linears
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Storable(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         schemes = graph.facts[Schemes]
-        views = [view for view in linears(graph) if view.parameter in schemes]
+        views: list[Linear | ExpertLinear] = [view for view in linears(graph) if view.parameter in schemes]
+        views += [view for view in expert_linears(graph) if view.parameter in schemes]
         shapes = {v.name: (v.out_features, v.in_features, schemes[v.parameter]) for v in views}
         heads = [v.name for v in views if any(user.op == "output" for user in v.node.users)]
         check_format(self.format, shapes, heads[0] if heads else None)

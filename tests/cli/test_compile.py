@@ -77,11 +77,19 @@ def test_the_options_reach_the_compile(model: Path, text: Path, invoke: Invoke, 
             "--require-coverage",
             0.5,
         ),
+        *("--min-expert-tokens", 64, "--calibrate-all-experts"),
         *("--max-calib-samples", 2, "--max-calib-seq-len", 24, "--format", "awqc"),
     )
     report = json.loads(result.stdout)["report"]
     expected = QuantConfig(
-        bits=8, group_size=16, propagate="float", quantize_head=True, require_coverage=0.5, seed=3
+        bits=8,
+        group_size=16,
+        propagate="float",
+        min_expert_tokens=64,
+        calibrate_all_experts=True,
+        quantize_head=True,
+        require_coverage=0.5,
+        seed=3,
     )
     assert report["config"] == {**expected.as_dict(), "keep": []}
     assert (report["calibration"]["samples"], report["calibration"]["seq_len"]) == (2, 24)
@@ -98,6 +106,8 @@ def test_defaults_are_those_of_the_library() -> None:
         "zero_point",
         "quantize_head",
         "propagate",
+        "min_expert_tokens",
+        "calibrate_all_experts",
         "input_scales",
         "require_coverage",
         "seed",

@@ -173,3 +173,13 @@ def test_everything_fits_100_columns_with_the_longest_usual_names(report: Report
 )
 def test_sizes(count: int, text: str) -> None:
     assert tables.size(count) == text
+
+
+def test_experts_are_counted_with_their_tokens(report: Report) -> None:
+    fields = {"expert_count": 8, "expert_tokens": [40, 4000, 900, 12, 700, 800, 600, 1024], "borrowing": 2}
+    report.linears["experts"] = quantized("model.layers.0.mlp.experts.up", 0.004, **fields)
+    summary = "\n".join(lines(tables.summary(report)))
+    assert "12 to 4,000 calibration tokens each; 2 of 8 had too few and took their layer's" in summary
+    assert any("8 x 11008x4096" in line for line in lines(tables.linears(report)))
+    report.linears["experts"].borrowing = 0
+    assert any(line.endswith("12 to 4,000 calibration tokens each") for line in lines(tables.summary(report)))
