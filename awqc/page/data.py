@@ -63,8 +63,7 @@ def stored_bytes(row: LinearRow) -> int:
     scheme = _scheme(row.scheme)
     if row.decision != "quantized" or scheme is None:
         return 2 * row.parameters
-    experts = row.parameters // (row.out_features * row.in_features)
-    return experts * packed_bytes(row.out_features, row.in_features, scheme)
+    return (row.expert_count or 1) * packed_bytes(row.out_features, row.in_features, scheme)
 
 
 @functools.cache
@@ -109,6 +108,9 @@ def _linears(rows: Mapping[str, LinearRow], strings: Strings, layers: _Layers) -
         "layer": [layers.of(row.name) for row in there],
         "out": [row.out_features for row in there],
         "in": [row.in_features for row in there],
+        "experts": [row.expert_count for row in there],
+        "expert_tokens": [row.expert_tokens for row in there],
+        "borrowing": [row.borrowing for row in there],
         "bytes": [stored_bytes(row) for row in there],
         "decision": [strings.number(row.decision) for row in there],
         "reason": [strings.number(row.reason) for row in there],

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from awqc.page.graphs import LayerGraph
 from awqc.page.render import render
 from tests.page.reports import synthetic
 
@@ -104,8 +105,8 @@ def test_layers_are_turned_like_pages(page: Any) -> None:
 
 def test_the_difference_of_a_layer_opens(page: Any) -> None:
     page.locator("#text summary").click()
-    assert [line.strip() for line in page.locator("#text-lines .del").all_text_contents()] == [
-        "- q_0: f32[4, 128] = aten.linear(norm_0, net.blocks.0.attn.q.weight)"
+    assert page.locator("#text-lines .del").all_text_contents() == [
+        "-\N{NO-BREAK SPACE}q_0: f32[4, 128] = aten.linear(norm_0, net.blocks.0.attn.q.weight)"
     ]
     assert page.locator("#text-lines .add").count() == 1
     page.get_by_text("After", exact=True).click()
@@ -122,7 +123,7 @@ def test_lines_of_the_chosen_box_are_marked_and_no_others(page: Any) -> None:
     assert page.locator("#text-lines .about").count() == 2
     page.locator('#flow [data-kind="norm"]').click()
     assert page.locator("#text-lines .about").all_text_contents() == [
-        "  norm_0: f32[4, 128] = aten.mul(x_0, net.blocks.0.norm.weight)"
+        " \N{NO-BREAK SPACE}norm_0: f32[4, 128] = aten.mul(x_0, net.blocks.0.norm.weight)"
     ]
 
 
@@ -237,4 +238,30 @@ def test_a_report_without_anything_opens(browser: Any, tmp_path: Path) -> None:
     page.goto(file.as_uri())
     assert page.locator("#linears").is_hidden()
     assert wrong == []
+    page.close()
+
+
+def test_a_bias_is_in_the_box_of_its_linear_and_experts_show_their_tokens(
+    browser: Any, tmp_path: Path
+) -> None:
+    report = synthetic(2)
+    row = report.linears["net.blocks.0.mlp.up.weight"]
+    row.expert_count, row.expert_tokens, row.borrowing = 4, [40, 30, 20, 3], 1
+    graphs = {
+        "net.blocks.0": LayerGraph(
+            edges=[("net.blocks.0.attn.v.bias", "net.blocks.0.attn.o.weight", "softmax")]
+        )
+    }
+    file = tmp_path / "experts.html"
+    file.write_text(render(report, "experts", graphs=graphs), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    assert page.locator('#flow [data-kind="attn.v.bias"]').count() == 0
+    assert "×4" in page.text_content('#flow [data-kind="mlp.up"]')
+    page.locator('#flow [data-kind="mlp.up"]').click()
+    bars = page.locator('#detail svg[aria-label="Calibration tokens of 4 experts: 3 to 40"] rect')
+    heights = [float(bar.get_attribute("height")) for bar in bars.all()]
+    assert heights == sorted(heights, reverse=True)
+    assert heights[3] / heights[0] == pytest.approx(3 / 40, abs=0.03)
+    assert "4 of 128 × 256" in page.inner_text("#detail")
     page.close()

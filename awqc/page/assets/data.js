@@ -48,7 +48,8 @@ function percent(value, digits = 2) {
 function change(before, after) {
   if (!before || after === null) return "";
   const share = after / before - 1;
-  return `${share > 0 ? "+" : "−"}${Math.abs(100 * share).toFixed(0)}%`;
+  const size = Math.abs(100 * share);
+  return `${share > 0 ? "+" : "−"}${size.toFixed(size < 2 ? 1 : 0)}%`;
 }
 
 function bytes(value) {
@@ -62,6 +63,9 @@ function bytes(value) {
 }
 
 const whole = (value) => value.toLocaleString("en-US");
+const weightsOf = (i) => (linears.experts[i] ?? 1) * linears.out[i] * linears.in[i];
+const shapeOf = (i) =>
+  `${linears.experts[i] ? `${whole(linears.experts[i])} of ` : ""}${whole(linears.out[i])} × ${whole(linears.in[i])}`;
 const plural = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 
 // Error shades: eight steps of a ratio each, from the smallest to the largest error of the report. What few

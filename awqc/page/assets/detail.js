@@ -8,7 +8,10 @@ function drawDetail() {
     return;
   }
   const parts = [element("h3", {}, breakable(box.names.size > 1 ? `${layerName(chosen.layer)}.${box.kind}` : [...box.names][0]))];
-  if (box.linears.length === 1) parts.push(linearFacts(box.linears[0]));
+  if (box.linears.length === 1) {
+    parts.push(linearFacts(box.linears[0]));
+    parts.push(...expertTokens(linears.expert_tokens[box.linears[0]]));
+  }
   if (box.linears.length > 1) parts.push(...linearsFacts(box));
   const own = new Set(box.linears);
   const undone = (groupsIn.get(chosen.layer) ?? []).filter((g) => groups.linears[g].some((i) => own.has(i)));
@@ -19,12 +22,12 @@ function drawDetail() {
 }
 
 function linearFacts(i) {
-  const before = 2 * linears.out[i] * linears.in[i];
+  const before = 2 * weightsOf(i);
   return pairs([
     ["decision", textOf("decision", i)],
     ["because", textOf("reason", i)],
     ["scheme", textOf("scheme", i)],
-    ["outputs × inputs", `${whole(linears.out[i])} × ${whole(linears.in[i])}`],
+    [linears.experts[i] ? "experts of outputs × inputs" : "outputs × inputs", shapeOf(i)],
     ["bytes", linears.bytes[i] === before ? bytes(before) : `${bytes(before)} → ${bytes(linears.bytes[i])}`],
     ["error, rounded to nearest", percent(linears.before[i], 3)],
     ["error, as stored", linears.after[i] === null ? "" : `${percent(linears.after[i], 3)} (${change(linears.before[i], linears.after[i])})`],
@@ -32,8 +35,34 @@ function linearFacts(i) {
     ["rounding", textOf("rounding", i)],
     ["backend", textOf("backend", i)],
     ["no input scale", textOf("no_group", i)],
+    ["experts searched on the layer's tokens", linears.borrowing[i] ? whole(linears.borrowing[i]) : ""],
     ["notes", textOf("notes", i)],
   ]);
+}
+
+// How many calibration tokens reached each expert.
+function expertTokens(tokens) {
+  if (!tokens.length) return [];
+  const [least, most] = d3.extent(tokens);
+  const plot = Plot.plot({
+    width: Math.min(320, byId("detail").clientWidth || 320),
+    height: 90,
+    marginLeft: 40,
+    marginRight: 4,
+    marginTop: 8,
+    marginBottom: 18,
+    style: {background: "none", fontSize: "11px"},
+    ariaLabel: `Calibration tokens of ${tokens.length} experts: ${least} to ${most}`,
+    x: {axis: null, padding: tokens.length > 40 ? 0 : 0.15},
+    y: {label: null, ticks: 3, tickSize: 3, grid: false},
+    marks: [
+      Plot.barY(d3.sort(tokens, (n) => -n), {x: (_, i) => i, y: (n) => n, fill: "var(--bar)"}),
+      Plot.ruleY([0], {stroke: "var(--strong-line)"}),
+    ],
+  });
+  unlabel(plot).setAttribute("role", "img");
+  const remark = element("p", {className: "quiet", textContent: `${whole(least)} to ${whole(most)}, by expert from the busiest down`});
+  return [element("h4", {textContent: "Calibration tokens by expert"}), element("div", {className: "figure"}, plot), remark];
 }
 
 function linearsFacts(box) {

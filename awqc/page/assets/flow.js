@@ -1,6 +1,7 @@
 // The scale flow of a layer as a graph: what a scale divides, and what undoes it. Parameters of one kind
 // (experts) are one box.
 
+const SMALLEST = 0.8;
 const withoutWeight = (name) => name.replace(/\.weight$/, "");
 
 // The kind of a name within the layer that it belongs to.
@@ -13,7 +14,11 @@ function kindWithin(layer, name) {
 function layerParts(layer) {
   const boxes = new Map();
   const arrows = new Map();
-  const box = (name) => {
+  const own = new Set((linearsIn.get(layer) ?? []).map(linearName));
+  const box = (parameter) => {
+    // Other parameters of a linear (its bias) go with it.
+    const module = parameter.slice(0, parameter.lastIndexOf("."));
+    const name = own.has(module) ? module : parameter;
     const kind = kindWithin(layer, name);
     if (!boxes.has(kind)) boxes.set(kind, {kind, linears: [], groups: [], n: 0, names: new Set()});
     boxes.get(kind).names.add(name);
@@ -57,14 +62,15 @@ function drawFlow() {
   const wide = place.clientWidth >= 560;
   // Boxes without arrows come last.
   const found = d3.sort(components(parts), (component) => component.boxes.length === 1);
-  place.replaceChildren(...found.map((component) => drawComponent(component, wide)));
+  place.replaceChildren(...found.map((component) => drawComponent(component, wide, place.clientWidth)));
 }
 
 function describe(box) {
   const [i] = box.linears;
   const n = box.linears.length;
   if (!n) return box.groups.length ? chosenScale(box.groups[0]) : `scaled along${box.names.size > 1 ? ` ×${box.names.size}` : ""}`;
-  const many = n > 1 ? `×${n} · ` : "";
+  const experts = n > 1 ? n : linears.experts[i];
+  const many = experts ? `×${experts} · ` : "";
   if (textOf("decision", i) !== "quantized") return `${many}stays in float`;
   const after = d3.mean(box.linears, (l) => linears.after[l] ?? undefined);
   return `${many}${textOf("scheme", i).split(" ")[0]}${after === undefined ? "" : ` · ${percent(after)}`}`;
@@ -76,7 +82,7 @@ function chosenScale(g) {
   return groups.applied[g] ? `divided by s · ${family} ${groups.ratio[g]}` : "scale not applied";
 }
 
-function drawComponent({boxes, arrows}, wide) {
+function drawComponent({boxes, arrows}, wide, room) {
   const graph = new dagre.graphlib.Graph();
   graph.setGraph({rankdir: wide ? "LR" : "TB", nodesep: wide ? 12 : 8, ranksep: wide ? 56 : 40, edgesep: 8, marginx: 2, marginy: 2});
   graph.setDefaultEdgeLabel(() => ({}));
@@ -92,7 +98,10 @@ function drawComponent({boxes, arrows}, wide) {
   }
   dagre.layout(graph);
   const {width, height} = graph.graph();
-  const svg = d3.create("svg").attr("viewBox", `0 0 ${width} ${height}`).attr("width", width).attr("height", height);
+  // A little too wide is made smaller; what would become illegible is scrolled instead.
+  const scale = Math.max(SMALLEST, Math.min(1, (room - 12) / width));
+  const svg = d3.create("svg").attr("viewBox", `0 0 ${width} ${height}`);
+  svg.attr("width", scale * width).attr("height", scale * height);
   svg.attr("role", "group").attr("aria-label", `Scale flow from ${boxes[0].kind}`);
   const line = d3.line().x((p) => p.x).y((p) => p.y).curve(d3.curveBasis);
   for (const {source, target, through} of arrows) {

@@ -3,7 +3,7 @@
 const PAGE = 25;
 const COLUMNS = [
   {id: "name", label: "Linear", cell: nameCell},
-  {id: "shape", label: "N × K", number: true, wide: true, value: (i) => linears.out[i] * linears.in[i], cell: (i) => `${whole(linears.out[i])} × ${whole(linears.in[i])}`},
+  {id: "shape", label: "N × K", number: true, wide: true, value: weightsOf, cell: shapeOf},
   {id: "scheme", label: "Scheme", wide: true, value: (i) => linears.scheme[i], cell: (i) => textOf("scheme", i) || element("span", {className: "tag", textContent: textOf("decision", i)})},
   {id: "before", label: "Nearest", number: true, value: (i) => linears.before[i], cell: (i) => percent(linears.before[i])},
   {id: "after", label: "Stored", number: true, value: (i) => linears.after[i], cell: afterCell},

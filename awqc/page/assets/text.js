@@ -7,7 +7,7 @@ function codeLines(lines, side = "diff", about = null) {
   const shown = lines.filter((line) => SIDES[side].includes(line[0]));
   return shown.map((line) => {
     const mark = side === "diff" ? DIFF[line[0]] : "";
-    const made = element("div", {className: mark, textContent: (side === "diff" ? `${line[0]} ` : "") + line.slice(1)});
+    const made = element("div", {className: mark, textContent: (side === "diff" ? `${line[0]}\u00a0` : "") + line.slice(1)});
     if (about && about(line)) made.classList.add("about");
     return made;
   });
