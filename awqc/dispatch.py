@@ -10,6 +10,10 @@ from torch import Tensor, fx
 from awqc.graph import Env, Graph
 from awqc.views import ExpertLinear, dtype, expert_linears, linear, operand, shape
 
+aten = torch.ops.aten
+
+#: Ops with two results, of which the second says where the first is.
+_SELECTIONS = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim)
 #: Values of nodes from the values that are known.
 Evaluate = Callable[[list[fx.Node], Env], Env]
 
@@ -30,11 +34,18 @@ def routers(graph: Graph) -> dict[str, str]:
 
 
 def choice(view: ExpertLinear) -> fx.Node | None:
-    """The tensor ``(..., k)`` of experts that each token goes to, from which the rows of ``view`` follow:
-    integers computed from no integers. None if there is no such tensor, or several."""
+    """The tensor ``(..., k)`` of experts that each token goes to, from which the rows of ``view`` follow: the
+    numbers of the best by scores. None if there is no such tensor, or several."""
     if view.offsets is None:
         return None
-    found = [node for node in _between(view.offsets) if _is_integer(node) and not _reads_integers(node)]
+    found, pending, seen = [], [view.offsets], {view.offsets}
+    for node in pending:
+        if _selects(node):
+            found.append(node)
+        elif linear(node) is None:
+            new = [n for n in node.all_input_nodes if n not in seen and n.op == "call_function"]
+            pending += new
+            seen.update(new)
     return found[0] if len(found) == 1 else None
 
 
@@ -96,14 +107,13 @@ def _between(start: fx.Node) -> Iterator[fx.Node]:
             seen.update(new)
 
 
-def _is_integer(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
-
-
-def _reads_integers(node: fx.Node) -> bool:
-    """Whether an integer tensor is among the operands; of one of several results, those of the op."""
+def _selects(node: fx.Node) -> bool:
+    """Whether ``node`` holds where the best of some scores are, not which of some numbers are the best."""
     source = operand(node, 0)
-    several = isinstance(source, fx.Node) and not isinstance(source.meta.get("val"), Tensor)
-    operands = source.all_input_nodes if several else node.all_input_nodes
-    return not operands or any(_is_integer(n) for n in operands)
+    value = node.meta.get("val")
+    if not isinstance(source, fx.Node) or not isinstance(value, Tensor) or value.dtype != torch.int64:
+        return False
+    selection = source if source.target in _SELECTIONS else node
+    scores = operand(selection, 0).meta.get("val")
+    selects = selection is source or node.target in (aten.argmax.default, aten.argsort.default)
+    return selects and isinstance(scores, Tensor) and scores.is_floating_point()
