@@ -83,7 +83,7 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
         tokens = [count for row in stacks for count in row.expert_tokens]
         few = sum(row.borrowing for row in stacks)
         borrowing = f"; {few} of {len(tokens)} had too few and took their layer's" if few else ""
-        yield "experts", f"{min(tokens):,} to {max(tokens):,} calibration tokens each{borrowing}"
+        yield "tokens by expert", f"{min(tokens):,} to {max(tokens):,} calibration tokens each{borrowing}"
     if rows:
         yield "coverage", f"{report.coverage:.1%} of the quantized parameters are in a scale group"
     if report.groups:

@@ -110,7 +110,6 @@ def compile(
     calibrate_all_experts: Annotated[
         bool,
         typer.Option(
-            "--calibrate-all-experts",
             help="Calibrate every expert on every token, not on those that come to it.",
             rich_help_panel=_CALIBRATION,
         ),
