@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from awqc.page.data import mean
 from awqc.page.evaluation import Measured
@@ -76,7 +77,10 @@ def figures(report: Report, measured: Sequence[Measured]) -> Iterator[Figure]:
     for one in measured:
         before_text = f"{one.reference:.2f}" if one.reference is not None else ""
         yield Figure(
-            "Perplexity", f"{one.perplexity:.2f}", before_text, f"{one.tokens:,} tokens of {one.text}"
+            "Perplexity",
+            f"{one.perplexity:.2f}",
+            before_text,
+            f"{one.tokens:,} tokens of {Path(one.text).name}",
         )
         if one.kl is not None:
             agree = f"same first token in {one.agreement:.1%}" if one.agreement is not None else ""
@@ -98,7 +102,9 @@ def _short(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``0.23 s``, ``19 s``, ``3 min 20 s``."""
+    """``4.2 ms``, ``0.23 s``, ``19 s``, ``3 min 20 s``."""
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.1f} ms"
     if seconds < 10:
         return f"{seconds:.2f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -141,6 +147,8 @@ def _capture(report: Report) -> Facts:
             agreement = f"differs by {error:.1e}" if error else "equal"
             found.append((f"against eager execution, {name} input", agreement))
         found += [("note", str(note)) for note in report.capture.get("notes", [])]
+    if report.coverage:
+        found.append(("weights to be quantized that have an input scale", f"{report.coverage:.1%}"))
     if report.proof:
         error, groups = report.proof.get("relative_error", 0.0), report.proof.get("groups", 0)
         what = f"{groups:,} groups; outputs move by {error:.1e} in {report.proof.get('dtype', 'float64')}"

@@ -121,7 +121,10 @@ def test_percent(value: float, text: str) -> None:
     assert percent(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.234, "0.23 s"), (19.2, "19 s"), (200, "3 min 20 s")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0.00 s"), (0.0042, "4.2 ms"), (0.234, "0.23 s"), (19.2, "19 s"), (200, "3 min 20 s")],
+)
 def test_duration(value: float, text: str) -> None:
     assert duration(value) == text
 

@@ -68,12 +68,12 @@ const shapeOf = (i) =>
   `${linears.experts[i] ? `${whole(linears.experts[i])} of ` : ""}${whole(linears.out[i])} × ${whole(linears.in[i])}`;
 const plural = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 
-// Error shades: eight steps of a ratio each, from the smallest to the largest error of the report. What few
-// outliers there are at either end share the last shade.
+// Error shades: eight steps of a ratio each, from the smallest to the largest error of the report. Few
+// outliers at either end share the last shade; errors that hardly differ do not get shades that do.
 const shades = (() => {
   const values = [...linears.before, ...linears.after].filter((v) => v > 0).sort(d3.ascending);
   const low = d3.quantileSorted(values, 0.02) || 1e-4;
-  const high = Math.max(d3.quantileSorted(values, 0.98) || 1e-2, low * 2);
+  const high = Math.max(d3.quantileSorted(values, 0.98) || 1e-2, low * 10);
   const step = Math.pow(high / low, 1 / 8);
   return d3.range(1, 8).map((i) => Number((low * Math.pow(step, i)).toPrecision(2)));
 })();

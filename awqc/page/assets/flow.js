@@ -82,9 +82,20 @@ function chosenScale(g) {
   return groups.applied[g] ? `divided by s · ${family} ${groups.ratio[g]}` : "scale not applied";
 }
 
-function drawComponent({boxes, arrows}, wide, room) {
+// From left to right where there is room for it, and from top to bottom where not; a layer that is too wide
+// for that as well goes from left to right again, and is scrolled.
+function drawComponent(component, wide, room) {
+  let graph = layOut(component, wide);
+  if (!wide && SMALLEST * graph.graph().width > room) {
+    wide = true;
+    graph = layOut(component, wide, 24);
+  }
+  return drawGraph(component, graph, wide, room);
+}
+
+function layOut({boxes, arrows}, wide, gap = wide ? 56 : 40) {
   const graph = new dagre.graphlib.Graph();
-  graph.setGraph({rankdir: wide ? "LR" : "TB", nodesep: wide ? 12 : 8, ranksep: wide ? 56 : 40, edgesep: 8, marginx: 2, marginy: 2});
+  graph.setGraph({rankdir: wide ? "LR" : "TB", nodesep: wide ? 12 : 8, ranksep: gap, edgesep: 8, marginx: 2, marginy: 2});
   graph.setDefaultEdgeLabel(() => ({}));
   // Linears of one width stand in line; the others are as wide as their text.
   const widthOf = (box) => Math.max(7.8 * box.title.length, 6 * box.sub.length, 48) + 28;
@@ -97,6 +108,10 @@ function drawComponent({boxes, arrows}, wide, room) {
     graph.setEdge(source, target, through ? {width: wide ? width : 0, height: 14, labelpos: "c"} : {});
   }
   dagre.layout(graph);
+  return graph;
+}
+
+function drawGraph({boxes, arrows}, graph, wide, room) {
   const {width, height} = graph.graph();
   // A little too wide is made smaller; what would become illegible is scrolled instead.
   const scale = Math.max(SMALLEST, Math.min(1, (room - 12) / width));

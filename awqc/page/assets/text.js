@@ -1,13 +1,15 @@
 // A layer's graph text: the difference, or either side of it.
 
 const DIFF = {" ": "", "-": "del", "+": "add"};
+// A hyphen would be broken after.
+const SIGNS = {" ": " ", "-": "\u2212", "+": "+"};
 const SIDES = {diff: " -+", before: " -", after: " +"};
 
 function codeLines(lines, side = "diff", about = null) {
   const shown = lines.filter((line) => SIDES[side].includes(line[0]));
   return shown.map((line) => {
     const mark = side === "diff" ? DIFF[line[0]] : "";
-    const made = element("div", {className: mark, textContent: (side === "diff" ? `${line[0]}\u00a0` : "") + line.slice(1)});
+    const made = element("div", {className: mark, textContent: (side === "diff" ? `${SIGNS[line[0]]}\u00a0` : "") + line.slice(1)});
     if (about && about(line)) made.classList.add("about");
     return made;
   });
