@@ -13,6 +13,7 @@ from awqc.quantized import Scheme, minmax_grid
 from awqc.report import LinearRow
 from awqc.schemes import Schemes
 from awqc.statistics import Statistics
+from tests.passes.experts import STACKS, mixed, original
 from tests.passes.graphs import OBSERVED, Look, Mlp, run, samples
 
 
@@ -97,3 +98,16 @@ def test_schemes_may_differ_by_linear() -> None:
 
     grids, _, _ = clipped(Look(eight_bits))
     assert [g.scheme.bits for stage in grids for g in stage.values()] == [2, 8]
+
+
+def test_each_expert_has_a_grid_of_its_own() -> None:
+    grids: list[Grids] = []
+    mixed(*OBSERVED, ClipWeights(), Look(lambda g, c: grids.append(g.facts[Grids])))
+    found = {name: grid for stage in grids for name, grid in stage.items()}
+    for name in STACKS:
+        weight = original(name)
+        assert found[name].scales.shape == (*weight.shape[:2], weight.shape[2] // 32)
+        full = minmax_grid(weight, Scheme(4, 32))
+        kept = (found[name].scales <= full.scales).flatten(1).all(1)
+        assert kept.all(), "clipping never widens a range"
+        assert (found[name].scales < full.scales).any()

@@ -17,10 +17,13 @@ from awqc.groups import ScaleGroup, ScaleGroups
 from awqc.passes.clip_weights import ClipWeights
 from awqc.passes.fold_scales import FoldScales
 from awqc.passes.round_weights import RoundWeights
+from awqc.passes.search_scales import SearchScales
 from awqc.pipeline import Pipeline
 from awqc.scales import Scales
 from awqc.stages import Stages
 from awqc.statistics import Statistics
+from tests.mixtures import EXPERTS
+from tests.passes.experts import mixed
 from tests.passes.graphs import OBSERVED, Look, Mlp, context_of, graph_of, run, samples
 
 
@@ -224,3 +227,24 @@ def test_stages_are_the_unit_of_work() -> None:
     assert seen[0] == {"norm.weight", "up.weight"}
     assert seen[1] == {"norm.weight", "up.weight", "up.bias", "down.weight"}
     assert len(list(graph.facts[Stages])) == 2
+
+
+def test_a_fold_between_the_linears_of_experts_is_followed() -> None:
+    """Values and statistics that are there when a scale is folded, rows by the expert that serves them."""
+    seen: list[tuple[Statistics, Statistics]] = []
+
+    def see(graph: Graph, context: Context) -> None:
+        assert context.stage is not None
+        seen.append((graph.facts[Statistics], graph.facts[Activations].observe(context.stage)))
+
+    _, context = mixed(*OBSERVED, SearchScales(), FoldScales(), Look(see))
+    assert sum(row.applied for row in context.report.groups.values()) == 2
+    assert sum(len(followed.by_expert) for followed, _ in seen) == 2
+    for followed, again in seen:
+        for node, by_expert in followed.by_expert.items():
+            for expert in range(EXPERTS):
+                found, expected = by_expert[expert], again.by_expert[node][expert]
+                # Sums of some hundred rows, whose values were each divided once.
+                eps = 512 * torch.finfo(torch.float32).eps
+                assert (found.gram - expected.gram).norm() <= eps * expected.gram.norm()
+                assert (found.mean_abs - expected.mean_abs).norm() <= eps * expected.mean_abs.norm()

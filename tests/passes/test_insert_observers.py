@@ -11,6 +11,7 @@ from awqc.errors import ConfigError
 from awqc.quantized import Scheme
 from awqc.schemes import Schemes
 from awqc.stages import Observers, Stages
+from tests.passes.experts import STACKS, mixed
 from tests.passes.graphs import ANALYSIS, Mlp, run, samples
 
 
@@ -135,3 +136,48 @@ def test_a_group_size_that_divides_nothing() -> None:
 def test_a_group_size_that_divides_some_leaves_ragged_groups_in_the_others() -> None:
     graph, _ = run(Mlp(width=32, hidden=48), samples(1), *ANALYSIS, group_size=32)
     assert {s.group_size for s in graph.facts[Schemes].values()} == {32}
+
+
+def test_experts_are_observed_by_their_rows_and_routers_stay_in_float() -> None:
+    graph, context = mixed(*ANALYSIS)
+    first, second = (o for o in graph.facts[Observers] if o.stacks)
+    assert [view.parameter for view in (*first.stacks, *second.stacks)] == list(STACKS)
+    assert not first.linears
+    rows = context.report.linears
+    assert rows["chooser.weight"].decision == "kept"
+    assert rows["chooser.weight"].reason == "decides which experts of first a token goes to"
+    assert (rows["first"].out_features, rows["first"].in_features, rows["first"].expert_count) == (64, 32, 4)
+    # One scale for all readers of the norm: one stage.
+    shared = next(o for o in graph.facts[Observers] if "shared.weight" in [v.parameter for v in o.linears])
+    assert first.group is shared.group
+    stage = next(stage for stage in graph.facts[Stages] if first in stage.observers)
+    assert shared in stage.observers
+
+
+def test_a_linear_with_one_output_stays_in_float() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.inner = nn.Linear(32, 1), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.sigmoid(self.gate(x)) * self.inner(x)
+
+    _, context = run(Gated(), samples(1), *ANALYSIS)
+    row = context.report.linears["gate.weight"]
+    assert (row.decision, row.reason) == ("kept", "has a single output: nothing to gain")
+    assert context.report.linears["inner.weight"].decision == "quantized"
+
+
+def test_what_is_computed_from_one_linear_alone_is_the_model_output() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(32, 32), nn.Linear(32, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.head(x + self.inner(x)) / 8) * 30
+
+    _, context = run(Scaled(), samples(1), *ANALYSIS)
+    assert context.report.linears["head.weight"].reason.startswith("computes the model's output")
+    assert context.report.linears["inner.weight"].decision == "quantized"

@@ -13,11 +13,12 @@ from awqc.backends.cpu import CpuBackend
 from awqc.context import Context
 from awqc.errors import PipelineError
 from awqc.graph import Graph
-from awqc.lowered import LoweredLinears, QuantizedLinears
+from awqc.lowered import LoweredExperts, LoweredLinears, QuantizedLinears
 from awqc.passes.lower import Lower
 from awqc.passes.quantize_linears import QuantizeLinears
 from awqc.passes.round_weights import RoundWeights
 from awqc.pipeline import Pipeline
+from tests.passes.experts import STACKS, mixed
 from tests.passes.graphs import OBSERVED, Mlp, ops, run, samples
 
 QUANTIZED = (*OBSERVED, RoundWeights(), QuantizeLinears())
@@ -94,3 +95,19 @@ def test_it_needs_quantized_linears() -> None:
     assert str(caught.value) == (
         "'lower' requires QuantizedLinears, provided by 'quantize-linears': move it earlier"
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_get_the_op_of_the_backend(backend: str, transposed: bool) -> None:
+    graph, context = mixed(*QUANTIZED, Lower(backend), transposed=transposed)
+    op = {"reference": "awqc.qexperts", "cpu": "awqc.qexperts_cpu"}[backend]
+    assert ops(graph).count(op) == 2
+    found = graph.facts[LoweredExperts]
+    assert list(found) == list(STACKS)
+    assert {found[name].transposed for name in STACKS} == {transposed}
+    assert {context.report.linears[name].backend for name in STACKS} == {backend}
+    for name in STACKS:
+        rounded = graph.weights.rounded(name)
+        assert rounded is not None
+        assert torch.equal(found[name].unpack()[0].codes, rounded.weight.codes)

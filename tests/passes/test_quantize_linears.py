@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +15,8 @@ from awqc.lowered import QuantizedLinears
 from awqc.passes.quantize_linears import QuantizeLinears
 from awqc.passes.round_weights import RoundWeights
 from awqc.schemes import Schemes
+from tests.mixtures import Mixture
+from tests.passes.experts import STACKS, mixed
 from tests.passes.graphs import OBSERVED, Look, Mlp, ops, parameters, run, samples
 
 ROUNDED = (*OBSERVED, RoundWeights())
@@ -106,3 +109,24 @@ def test_two_calls_of_one_linear_are_left_alone() -> None:
     graph, _, found = quantized(*ROUNDED, module=Twice())
     assert list(found) == ["other"]
     assert parameters(graph) == ["shared.weight", "shared.weight"]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linears_of_experts_become_one_op(transposed: bool) -> None:
+    graph, _ = mixed(*OBSERVED, RoundWeights(), QuantizeLinears(), transposed=transposed)
+    assert ops(graph).count("awqc.qexperts") == 2
+    assert "awqc.grouped_linear" not in ops(graph)
+    weights = graph.facts[QuantizedLinears]
+    assert {*STACKS, "shared"} == set(weights)
+    assert weights["first"].codes.shape == (4, 64, 32)
+    assert "first.codes" in graph.parameters()
+    assert "first" not in graph.parameters()
+    module = Mixture(transposed=transposed)
+    for name in STACKS:
+        dense = weights[name].dequantize()
+        getattr(module, name).data = dense.mT if transposed else dense
+    module.shared.weight.data = weights["shared"].dequantize()
+    batch = samples(24, tokens=16)[0]
+    expected = module(**batch)
+    bound = 64 * len(graph.nodes) ** 0.5 * torch.finfo(torch.float32).eps
+    assert (graph.run(batch)[0] - expected).norm() <= bound * expected.norm()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers.pytorch_utils import Conv1D
 
 from awqc.context import Context
@@ -14,10 +14,12 @@ from awqc.graph import Graph
 from awqc.grids import Grids
 from awqc.passes.clip_weights import ClipWeights
 from awqc.passes.round_weights import RoundWeights
-from awqc.quantized import Scheme, quantize
+from awqc.quantized import Grid, Scheme, minmax_grid, quantize
 from awqc.report import LinearRow
 from awqc.schemes import Schemes
 from awqc.statistics import Statistics
+from tests.mixtures import EXPERTS
+from tests.passes.experts import STACKS, mixed, original
 from tests.passes.graphs import OBSERVED, Look, Mlp, run, samples
 
 EPS = torch.finfo(torch.float32).eps
@@ -151,3 +153,33 @@ def test_readers_of_one_input_may_have_different_schemes() -> None:
     }
     assert rows["k.weight"].scheme == "W8 row asym"
     assert (rows["k.weight"].error or 0) < 0.01 * (rows["q.weight"].error or 0)
+
+
+def test_each_expert_is_rounded_by_its_own_tokens() -> None:
+    """As a linear alone with the statistics of that expert's rows would be."""
+    statistics: list[Statistics] = []
+    look = Look(lambda g, c: statistics.append(g.facts[Statistics]))
+    graph, context = mixed(*OBSERVED, look, RoundWeights())
+    for name in STACKS:
+        rounded = graph.weights.rounded(name)
+        assert rounded is not None
+        weight = original(name)
+        grid = minmax_grid(weight, Scheme(4, 32))
+        assert torch.equal(rounded.weight.scales.float(), grid.scales)
+        stage, node = next((s, n) for s in statistics for n in s.by_expert if _reader(s, n) == name)
+        for expert in range(EXPERTS):
+            own = stage.by_expert[node][expert]
+            alone = next(RoundWeights()._rounded([weight[expert]], [_of(grid, expert)], own))
+            assert torch.equal(alone.weight.codes, rounded.weight.codes[expert])
+        row = context.report.linears[name]
+        assert row.error is not None
+        assert row.nearest_error is not None
+        assert row.error <= row.nearest_error
+
+
+def _reader(statistics: Statistics, node: fx.Node) -> str:
+    return statistics.by_expert[node].view.parameter
+
+
+def _of(grid: Grid, expert: int) -> Grid:
+    return Grid(grid.scales[expert], grid.zeros[expert], grid.scheme, grid.in_features)

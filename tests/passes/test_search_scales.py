@@ -17,6 +17,8 @@ from awqc.passes.search_scales import SearchScales
 from awqc.report import GroupRow
 from awqc.scales import Scales
 from awqc.statistics import Statistics
+from awqc.views import expert_linears
+from tests.passes.experts import mixed
 from tests.passes.graphs import OBSERVED, Look, Mlp, run, samples
 
 #: Channels of the norm that are made large, the columns that read them small.
@@ -171,3 +173,22 @@ def test_the_same_seed_gives_the_same_scales() -> None:
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_experts_are_searched_together_before_their_first_linears_and_apart_between() -> None:
+    chosen: dict[str, Tensor] = {}
+    look = Look(lambda g, c: chosen.update(g.facts[Scales]))
+    graph, context = mixed(*OBSERVED, SearchScales(), look)
+    groups = {group.name: group for group in graph.facts[ScaleGroups]}
+    norm = next(group for group in groups.values() if "first" in group.linears)
+    assert {"first", "shared.weight", "chooser.weight"} <= set(norm.linears)
+    inner = next(group for group in groups.values() if "second" in group.linears)
+    row = context.report.groups[inner.name]
+    assert row.applied is False
+    assert row.gain > 0
+    scales = chosen[inner.name]
+    view = next(view for view in expert_linears(graph) if view.parameter == "second")
+    ids, _ = inner.at_experts(view)
+    alone = scales[ids]  # (E, K)
+    assert not torch.equal(alone[0], alone[1])
+    assert row.curve[0] == ("identity", 0.0, 1.0)
