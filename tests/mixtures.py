@@ -65,11 +65,11 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str) -> Any:
-    """A random model in float32, the same each time."""
+def build(name: str, **changes: int) -> Any:
+    """A random model in float32, the same each time, with ``changes`` to its config."""
     kind, arguments = MIXTURES[name]
     torch.manual_seed(0)
-    config = getattr(transformers, kind)(**arguments)
+    config = getattr(transformers, kind)(**{**arguments, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
