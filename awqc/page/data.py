@@ -108,7 +108,7 @@ def _linears(rows: Mapping[str, LinearRow], strings: Strings, layers: _Layers) -
         "layer": [layers.of(row.name) for row in there],
         "out": [row.out_features for row in there],
         "in": [row.in_features for row in there],
-        "experts": [row.expert_count for row in there],
+        "expert_count": [row.expert_count for row in there],
         "expert_tokens": [row.expert_tokens for row in there],
         "borrowing": [row.borrowing for row in there],
         "bytes": [stored_bytes(row) for row in there],

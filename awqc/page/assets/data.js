@@ -63,9 +63,9 @@ function bytes(value) {
 }
 
 const whole = (value) => value.toLocaleString("en-US");
-const weightsOf = (i) => (linears.experts[i] ?? 1) * linears.out[i] * linears.in[i];
+const weightsOf = (i) => (linears.expert_count[i] ?? 1) * linears.out[i] * linears.in[i];
 const shapeOf = (i) =>
-  `${linears.experts[i] ? `${whole(linears.experts[i])} of ` : ""}${whole(linears.out[i])} × ${whole(linears.in[i])}`;
+  `${linears.expert_count[i] ? `${whole(linears.expert_count[i])} of ` : ""}${whole(linears.out[i])} × ${whole(linears.in[i])}`;
 const plural = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 
 // Error shades: eight steps of a ratio each, from the smallest to the largest error of the report. Few

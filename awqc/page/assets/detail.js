@@ -27,7 +27,7 @@ function linearFacts(i) {
     ["decision", textOf("decision", i)],
     ["because", textOf("reason", i)],
     ["scheme", textOf("scheme", i)],
-    [linears.experts[i] ? "experts of outputs × inputs" : "outputs × inputs", shapeOf(i)],
+    [linears.expert_count[i] ? "experts of outputs × inputs" : "outputs × inputs", shapeOf(i)],
     ["bytes", linears.bytes[i] === before ? bytes(before) : `${bytes(before)} → ${bytes(linears.bytes[i])}`],
     ["error, rounded to nearest", percent(linears.before[i], 3)],
     ["error, as stored", linears.after[i] === null ? "" : `${percent(linears.after[i], 3)} (${change(linears.before[i], linears.after[i])})`],

@@ -69,7 +69,7 @@ function describe(box) {
   const [i] = box.linears;
   const n = box.linears.length;
   if (!n) return box.groups.length ? chosenScale(box.groups[0]) : `scaled along${box.names.size > 1 ? ` ×${box.names.size}` : ""}`;
-  const experts = n > 1 ? n : linears.experts[i];
+  const experts = n > 1 ? n : linears.expert_count[i];
   const many = experts ? `×${experts} · ` : "";
   if (textOf("decision", i) !== "quantized") return `${many}stays in float`;
   const after = d3.mean(box.linears, (l) => linears.after[l] ?? undefined);
