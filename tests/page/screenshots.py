@@ -24,6 +24,7 @@ def main(page: Path, folder: Path) -> None:
                 tab = browser.new_page(viewport=size, color_scheme=scheme, reduced_motion="reduce")
                 tab.goto(page.absolute().as_uri())
                 tab.locator("#text summary").click()
+                tab.locator("#text-lines div").first.wait_for()
                 for part, place in PARTS.items():
                     tab.locator(place).evaluate(
                         "e => e.scrollIntoView()" if place != "h1" else "() => scrollTo(0, 0)"

@@ -18,6 +18,12 @@ def names(page: Any) -> list[str]:
     return [text.replace("\n", "") for text in page.locator("#table tbody .name").all_inner_texts()]
 
 
+def open_text(page: Any) -> None:
+    """Browsers say that it has opened a moment after it has."""
+    page.locator("#text summary").click()
+    page.locator("#text-lines div").first.wait_for()
+
+
 def test_it_fits_its_window_and_says_what_it_is_about(page: Any, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.inner_text("h1") == "a model & <its> report"
@@ -104,7 +110,7 @@ def test_layers_are_turned_like_pages(page: Any) -> None:
 
 
 def test_the_difference_of_a_layer_opens(page: Any) -> None:
-    page.locator("#text summary").click()
+    open_text(page)
     assert page.locator("#text-lines .del").all_text_contents() == [
         "\N{MINUS SIGN}\N{NO-BREAK SPACE}q_0: f32[4, 128] = aten.linear(norm_0, net.blocks.0.attn.q.weight)"
     ]
@@ -119,7 +125,7 @@ def test_the_difference_of_a_layer_opens(page: Any) -> None:
 
 
 def test_lines_of_the_chosen_box_are_marked_and_no_others(page: Any) -> None:
-    page.locator("#text summary").click()
+    open_text(page)
     assert page.locator("#text-lines .about").count() == 2
     page.locator('#flow [data-kind="norm"]').click()
     assert page.locator("#text-lines .about").all_text_contents() == [
@@ -178,7 +184,7 @@ def test_dark_is_what_the_system_prefers_until_somebody_chooses(page: Any) -> No
     page.emulate_media(color_scheme="dark")
     assert paper() == "rgb(21, 24, 27)"
     assert cell() != light
-    assert page.locator("#theme").text_content() == "Switch to Light colours"
+    page.wait_for_function("document.getElementById('theme').textContent == 'Switch to Light colours'")
     page.locator("#theme").click()
     assert paper() == "rgb(251, 250, 247)"
     assert cell() == light
