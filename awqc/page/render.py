@@ -66,4 +66,4 @@ def render(
 
 
 def _asset(folder: str, name: str) -> str:
-    return files("awqc.page").joinpath(folder, name).read_text(encoding="utf-8")
+    return (files("awqc.page") / folder / name).read_text(encoding="utf-8")

@@ -48,18 +48,20 @@ function drawHeat() {
   const kinds = [...new Set(heat.cells.map((cell) => cell.kind))];
   const names = new Map(shortKinds(kinds.map((k) => strings[k])).map((short, i) => [kinds[i], short]));
   const there = [...new Set(heat.cells.map((cell) => cell.layer))];
-  const stacks = new Set(there.map((layer) => layers[layer].stack));
+  const stacks = [...new Set(there.map((layer) => layers[layer].stack).filter(Boolean))];
+  const called = new Map(shortKinds(stacks).map((short, i) => [stacks[i], short]));
   const label = (layer) => {
     const {stack, index} = layers[layer];
-    return index < 0 ? "–" : stacks.size > 2 ? `${stack.split(".").at(-1)} ${index}` : index;
+    return index < 0 ? "–" : stacks.length > 1 ? `${called.get(stack)} ${index}` : index;
   };
   const across = place.clientWidth >= 600;
-  const every = Math.ceil(there.length / (across ? 40 : 24));
+  // As many labels as there is room for, side by side or below each other.
+  const widest = 10 + 6.5 * d3.max(there, (layer) => String(label(layer)).length);
+  const every = Math.ceil(across ? (there.length * widest) / (0.85 * place.clientWidth) : there.length / 24);
   const ticks = there.filter((_, i) => i % every === 0);
   const layerScale = {domain: there, label: null, tickFormat: label, ticks, tickSize: 0, padding: 0.06};
   const kindScale = {domain: kinds, label: null, tickFormat: (k) => names.get(k), tickSize: 0, padding: 0.06};
   const longest = 7.1 * d3.max([...names.values()], (name) => name.length);
-  const facet = {data: heat.cells, label: null};
   const domain = STATES.map((state) => state.label);
   const color = {type: "threshold", domain: shades, range: d3.range(8).map((i) => `var(--heat-${i})`)};
   const common = {style: {fontSize: "12px", background: "none", overflow: "visible"}, color, ariaLabel: "Error by layer"};
@@ -84,7 +86,7 @@ function drawHeat() {
         ...common,
         width: place.clientWidth,
         height: longest + 34 + 15 * there.length,
-        marginLeft: 26,
+        marginLeft: widest + 2,
         marginRight: 2,
         marginTop: longest + 30,
         marginBottom: 4,
