@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from awqc.errors import CheckpointError
 from awqc.expert_storage import StoredLinear, stored_linears
 from awqc.source import ModelSource, aliases, named_tensors
 from awqc.views import expert_linears
+
+SavedAs = Callable[[nn.Module], dict[str, list[Piece]]]
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ def match_contents(module: nn.Module, checkpoint: Checkpoint, sample: Mapping[st
         CheckpointError: if a tensor is missing or of another shape, or belongs to no parameter.
     """
     wanted = [name for name, tensor in named_tensors(module) if tensor.is_meta]
-    linears = _linears(module, checkpoint)
+    saved_as = functools.cache(disk_names)  # asked for up to three times, or not at all
+    linears = _linears(module, checkpoint, saved_as)
     packed = {f"{name}.{part}" for name in linears for part in ("weight", "bias")}
-    dense = match_stored(
-        [name for name in wanted if name not in packed], module, checkpoint.dense_names(), aliases(module)
-    )
+    unpacked = [name for name in wanted if name not in packed]
+    dense = match_stored(unpacked, module, checkpoint.dense_names(), aliases(module), saved_as)
     missing = [name for name in wanted if name not in packed and name not in dense]
-    stacks, pieces = _stacks(module, checkpoint, missing, sample)
+    stacks, pieces = _stacks(module, checkpoint, missing, sample, saved_as)
     unknown = set(checkpoint.quantized_names()) - set(linears.values())
     unknown -= {linear.name for stored, _ in stacks.values() for linear in stored}
     _check(module, checkpoint, dense, [name for name in missing if name not in stacks], unknown)
@@ -61,11 +64,21 @@ def match_contents(module: nn.Module, checkpoint: Checkpoint, sample: Mapping[st
     return Contents(linears, stacks, dense, {**dense, **pieces, **of_linears})
 
 
-def _linears(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def _linears(module: nn.Module, checkpoint: Checkpoint, saved_as: SavedAs) -> dict[str, str]:
     modules = dict(module.named_modules())
     prefix = getattr(module, "base_model_prefix", "")
     names = [name for name in modules if isinstance(getattr(modules[name], "weight", None), Tensor)]
-    found = match_names(names, checkpoint.quantized_names(), prefix, {})
+    quantized = checkpoint.quantized_names()
+    found = match_names(names, quantized, prefix, {})
+    if set(quantized) - set(found.values()):
+        # Some belong to experts, and some have other names on disk than in the module.
+        saved = {name: pieces[0].name for name, pieces in saved_as(module).items() if len(pieces) == 1}
+        others = {
+            saved[f"{name}.weight"].removesuffix(".weight"): name
+            for name in names
+            if name not in found and f"{name}.weight" in saved
+        }
+        found |= match_names(list(others.values()), quantized, prefix, others)
     for name, disk in found.items():
         shape, expected = checkpoint.shape(disk), tuple(modules[name].weight.shape)
         if shape != expected and shape != expected[::-1]:
@@ -77,12 +90,16 @@ def _linears(module: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _stacks(
-    module: nn.Module, checkpoint: Checkpoint, missing: list[str], sample: Mapping[str, Tensor]
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    missing: list[str],
+    sample: Mapping[str, Tensor],
+    saved_as: SavedAs,
 ) -> tuple[dict[str, tuple[list[StoredLinear], bool]], dict[str, list[Piece]]]:
     """Those of ``missing`` that are stored as quantized linears, and what their float weights would be."""
     tensors = dict(named_tensors(module))
     candidates = [name for name in missing if tensors[name].ndim == 3]
-    saved = disk_names(module) if candidates else {}
+    saved = saved_as(module) if candidates else {}
     prefix, quantized = getattr(module, "base_model_prefix", ""), checkpoint.quantized_names()
     layouts: dict[str, bool] | None = None
     stacks: dict[str, tuple[list[StoredLinear], bool]] = {}

@@ -106,14 +106,18 @@ def read_pieces(pieces: list[Piece], shape: tuple[int, ...], get: Callable[[str]
 
 
 def match_stored(
-    wanted: list[str], module: nn.Module, on_disk: list[str], tied: Mapping[str, str]
+    wanted: list[str],
+    module: nn.Module,
+    on_disk: list[str],
+    tied: Mapping[str, str],
+    saved_as: Callable[[nn.Module], dict[str, list[Piece]]] = disk_names,
 ) -> dict[str, list[Piece]]:
     """Name of a parameter of ``module`` -> what it is stored as among ``on_disk``, for all of ``wanted`` that
-    can be found under their own names or those that transformers would save them as."""
+    can be found under their own names or those that transformers would save them as (``saved_as``)."""
     prefix = getattr(module, "base_model_prefix", "")
     found = {name: [Piece(disk)] for name, disk in match_names(wanted, on_disk, prefix, tied).items()}
     if len(found) < len(wanted):
-        saved = disk_names(module)
+        saved = saved_as(module)
         pieces = [piece.name for name in wanted if name not in found for piece in saved.get(name, ())]
         matched = match_names(pieces, on_disk, prefix, {})
         for name in wanted:

@@ -17,6 +17,7 @@ from awqc.contents import match_contents
 from awqc.errors import CheckpointError
 from awqc.source import skeleton
 from tests.mixtures import EXPERTS, build, token_ids
+from tests.zoo.catalog import CATALOG
 
 SAMPLE = {"input_ids": token_ids(0, 1, 8)}
 OF_EXPERT = "model.layers.0.block_sparse_moe.experts.1.w3"
@@ -98,3 +99,21 @@ def test_square_stacks_are_laid_out_as_the_forward_has_it(name: str, tmp_path: P
         found = loaded.quantized_experts()[stack]
         assert found.transposed == expected.transposed
         assert torch.equal(found.unpack()[0].codes, expected.unpack()[0].codes)
+
+
+@pytest.mark.parametrize("kind", ["laguna", "nemotron_h"])
+def test_linears_that_have_other_names_on_disk(kind: str, tmp_path: Path) -> None:
+    """As transformers saves them: that is where engines look for them, and where they are found again."""
+    if kind not in CATALOG:
+        pytest.skip(f"this release of transformers has no {kind}")
+    model = CATALOG[kind].build()
+    config = QuantConfig(group_size=16, min_expert_tokens=0)
+    quantized = awqc.compile(model, token_ids(1, 4, 16), backend="reference", config=config)
+    path = quantized.save(tmp_path / "out", format="awqc")
+    stored = {name for name in open_checkpoint(path).tensors if name.endswith(".codes")}
+    renamed = {f"{name}.codes" for name in quantized.quantized_linears()} - stored
+    assert renamed
+    loaded = awqc.load(path, backend="reference")
+    assert loaded.quantized_linears().keys() == quantized.quantized_linears().keys()
+    for name, linear in quantized.quantized_linears().items():
+        assert torch.equal(loaded.quantized_linears()[name].unpack()[0].codes, linear.unpack()[0].codes)
