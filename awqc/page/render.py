@@ -16,6 +16,7 @@ from awqc.page.graphs import LayerGraph
 from awqc.report import Report
 
 #: In the order in which they are read.
+_STYLES = ("base.css", "sections.css", "table.css", "narrow.css")
 _SCRIPTS = ("data.js", "theme.js", "heat.js", "flow.js", "detail.js", "text.js", "table.js", "main.js")
 _LIBRARIES = {
     "d3": "D3 7.9.0, ISC license",
@@ -58,11 +59,17 @@ def render(
         reasons=facts.reasons(report),
         notes=report.notes,
         libraries=_LIBRARIES,
-        style=_asset("assets", "page.css"),
-        vendor=[_SOURCE_MAP.sub("", _asset("vendor", f"{name}.min.js")) for name in _LIBRARIES],
+        style="\n".join(_asset("assets", name) for name in _STYLES),
+        vendor=[_library(name) for name in _LIBRARIES],
         script="\n".join(_asset("assets", name) for name in _SCRIPTS),
         document=document(report, graphs or {}),
     )
+
+
+def _library(name: str) -> str:
+    """A library below its license, which has to go along."""
+    license, code = _asset("vendor", f"{name}.LICENSE"), _asset("vendor", f"{name}.min.js")
+    return f"/*!\n{license.strip()}\n*/\n{_SOURCE_MAP.sub('', code)}"
 
 
 def _asset(folder: str, name: str) -> str:

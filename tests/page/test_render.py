@@ -14,7 +14,7 @@ from awqc.errors import CheckpointError, ConfigError
 from awqc.page import read_evaluation, render
 from awqc.page.evaluation import Measured
 from awqc.page.facts import duration, percent
-from awqc.page.render import _LIBRARIES, _SCRIPTS
+from awqc.page.render import _LIBRARIES, _SCRIPTS, _STYLES
 from awqc.page.sources import read_report
 from awqc.report import Report
 from tests.page.reports import synthetic
@@ -61,7 +61,13 @@ def _readme() -> str:
 
 
 def test_every_script_is_read() -> None:
-    assert {file.name for file in (FOLDER / "assets").glob("*.js")} == set(_SCRIPTS)
+    assert {file.name for file in (FOLDER / "assets").iterdir()} == {*_SCRIPTS, *_STYLES}
+
+
+def test_licenses_go_along() -> None:
+    page = render(synthetic(1), "t")
+    for library in _LIBRARIES:
+        assert (FOLDER / "vendor" / f"{library}.LICENSE").read_text(encoding="utf-8").strip() in page
 
 
 def test_what_is_measured_is_shown(tmp_path: Path) -> None:
@@ -153,7 +159,7 @@ def _contrast(first: str, second: str) -> float:
 )
 def test_everything_is_legible(theme: int, ink: str, ground: str, least: float) -> None:
     """WCAG 2.2 AA: 4.5 for text, 3 for the outlines of what is used."""
-    style = (FOLDER / "assets" / "page.css").read_text(encoding="utf-8")
+    style = (FOLDER / "assets" / "base.css").read_text(encoding="utf-8")
     colours = {n: c for n, *c in re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)", style)}
     assert _contrast(colours[ink][theme], colours[ground][theme]) >= least
 

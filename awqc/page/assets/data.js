@@ -31,7 +31,7 @@ function shortKinds(kinds) {
     for (let parts = 1; parts < 6; ++parts) {
       const short = tail(kind, parts);
       const alike = trimmed.filter((other) => other !== kind && tail(other, parts) === short);
-      if (!alike.length && !/^[*\d\[\]]/.test(short)) return short;
+      if (!alike.length && !/^[*\d[\]]/.test(short)) return short;
     }
     return kind;
   });

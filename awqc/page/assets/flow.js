@@ -8,7 +8,7 @@ const withoutWeight = (name) => name.replace(/\.weight$/, "");
 function kindWithin(layer, name) {
   const path = layers[layer].index < 0 ? "" : `${layerName(layer)}.`;
   const rest = name.startsWith(path) ? name.slice(path.length) : name;
-  return withoutWeight(rest.replace(/(^|[.\[])\d+(?=[.\]]|$)/g, "$1*"));
+  return withoutWeight(rest.replace(/(^|[.[])\d+(?=[.\]]|$)/g, "$1*"));
 }
 
 function layerParts(layer) {
@@ -28,7 +28,8 @@ function layerParts(layer) {
   const arrow = (from, to, through) => {
     const source = box(from);
     const target = box(to);
-    if (source !== target) arrows.set(`${source.kind}→${target.kind}`, {source: source.kind, target: target.kind, through});
+    if (source !== target)
+      arrows.set(`${source.kind}→${target.kind}`, {source: source.kind, target: target.kind, through});
   };
   for (const g of groupsIn.get(layer) ?? []) {
     box(withoutWeight(groupName(g))).groups.push(g);
@@ -45,10 +46,12 @@ function components({boxes, arrows}) {
   const root = new Map(boxes.map(({kind}) => [kind, kind]));
   const find = (kind) => (root.get(kind) === kind ? kind : find(root.get(kind)));
   for (const {source, target} of arrows) root.set(find(source), find(target));
-  return d3.groups(boxes, ({kind}) => find(kind)).map(([, members]) => ({
-    boxes: members,
-    arrows: arrows.filter(({source}) => members.some(({kind}) => kind === source)),
-  }));
+  return d3
+    .groups(boxes, ({kind}) => find(kind))
+    .map(([, members]) => ({
+      boxes: members,
+      arrows: arrows.filter(({source}) => members.some(({kind}) => kind === source)),
+    }));
 }
 
 function drawFlow() {
@@ -68,7 +71,10 @@ function drawFlow() {
 function describe(box) {
   const [i] = box.linears;
   const n = box.linears.length;
-  if (!n) return box.groups.length ? chosenScale(box.groups[0]) : `scaled along${box.names.size > 1 ? ` ×${box.names.size}` : ""}`;
+  if (!n)
+    return box.groups.length
+      ? chosenScale(box.groups[0])
+      : `scaled along${box.names.size > 1 ? ` ×${box.names.size}` : ""}`;
   const experts = n > 1 ? n : linears.expert_count[i];
   const many = experts ? `×${experts} · ` : "";
   if (textOf("decision", i) !== "quantized") return `${many}stays in float`;
@@ -95,11 +101,21 @@ function drawComponent(component, wide, room) {
 
 function layOut({boxes, arrows}, wide, gap = wide ? 56 : 40) {
   const graph = new dagre.graphlib.Graph();
-  graph.setGraph({rankdir: wide ? "LR" : "TB", nodesep: wide ? 12 : 8, ranksep: gap, edgesep: 8, marginx: 2, marginy: 2});
+  graph.setGraph({
+    rankdir: wide ? "LR" : "TB",
+    nodesep: wide ? 12 : 8,
+    ranksep: gap,
+    edgesep: 8,
+    marginx: 2,
+    marginy: 2,
+  });
   graph.setDefaultEdgeLabel(() => ({}));
   // Linears of one width stand in line; the others are as wide as their text.
   const widthOf = (box) => Math.max(7.8 * box.title.length, 6 * box.sub.length, 48) + 28;
-  const common = d3.max(boxes.filter((box) => box.linears.length), widthOf);
+  const common = d3.max(
+    boxes.filter((box) => box.linears.length),
+    widthOf,
+  );
   for (const box of boxes) {
     graph.setNode(box.kind, {width: wide && box.linears.length ? common : widthOf(box), height: 46});
   }
@@ -118,7 +134,11 @@ function drawGraph({boxes, arrows}, graph, wide, room) {
   const svg = d3.create("svg").attr("viewBox", `0 0 ${width} ${height}`);
   svg.attr("width", scale * width).attr("height", scale * height);
   svg.attr("role", "group").attr("aria-label", `Scale flow from ${boxes[0].kind}`);
-  const line = d3.line().x((p) => p.x).y((p) => p.y).curve(d3.curveBasis);
+  const line = d3
+    .line()
+    .x((p) => p.x)
+    .y((p) => p.y)
+    .curve(d3.curveBasis);
   for (const {source, target, through} of arrows) {
     const edge = graph.edge(source, target);
     // From the middle of one side to the middle of the other: corners are round.
@@ -129,7 +149,12 @@ function drawGraph({boxes, arrows}, graph, wide, room) {
     svg.append("path").attr("class", "edge").attr("d", path).attr("marker-end", "url(#arrow)");
     if (!through) continue;
     const middle = edge.points[Math.floor(edge.points.length / 2)];
-    const label = svg.append("text").attr("class", "edge-label").attr("y", middle.y).attr("dy", "0.32em").text(through);
+    const label = svg
+      .append("text")
+      .attr("class", "edge-label")
+      .attr("y", middle.y)
+      .attr("dy", "0.32em")
+      .text(through);
     if (wide) label.attr("x", middle.x).attr("text-anchor", "middle");
     else label.attr("x", middle.x + 6);
   }
@@ -146,9 +171,20 @@ function drawBox(svg, box, {x, y, width, height}) {
   g.classed("chosen", box.kind === chosen.kind);
   g.attr("role", "button").attr("tabindex", 0).attr("data-kind", box.kind);
   g.attr("aria-pressed", String(box.kind === chosen.kind));
-  g.append("rect").attr("class", "frame").attr("width", width).attr("height", height).attr("rx", box.linears.length ? 5 : 23);
+  g.append("rect")
+    .attr("class", "frame")
+    .attr("width", width)
+    .attr("height", height)
+    .attr("rx", box.linears.length ? 5 : 23);
   if (after !== undefined) {
-    g.append("rect").attr("class", "mark").attr("x", 7).attr("y", 8).attr("width", 5).attr("height", height - 16).attr("rx", 2).style("fill", shade(after));
+    g.append("rect")
+      .attr("class", "mark")
+      .attr("x", 7)
+      .attr("y", 8)
+      .attr("width", 5)
+      .attr("height", height - 16)
+      .attr("rx", 2)
+      .style("fill", shade(after));
   }
   const left = after === undefined && !box.linears.length ? 14 : 19;
   const text = g.append("text");

@@ -64,7 +64,11 @@ function drawHeat() {
   const longest = 7.1 * d3.max([...names.values()], (name) => name.length);
   const domain = STATES.map((state) => state.label);
   const color = {type: "threshold", domain: shades, range: d3.range(8).map((i) => `var(--heat-${i})`)};
-  const common = {style: {fontSize: "12px", background: "none", overflow: "visible"}, color, ariaLabel: "Error by layer"};
+  const common = {
+    style: {fontSize: "12px", background: "none", overflow: "visible"},
+    color,
+    ariaLabel: "Error by layer",
+  };
   const plot = across
     ? Plot.plot({
         ...common,
@@ -78,7 +82,14 @@ function drawHeat() {
         y: kindScale,
         fy: {domain, label: null, padding: 0.14, axis: null},
         marks: [
-          Plot.text(domain, {fy: (d) => d, text: (d) => d, frameAnchor: "top-left", dy: -17, dx: 1, fill: "var(--muted)"}),
+          Plot.text(domain, {
+            fy: (d) => d,
+            text: (d) => d,
+            frameAnchor: "top-left",
+            dy: -17,
+            dx: 1,
+            fill: "var(--muted)",
+          }),
           cellMark({x: "layer", y: "kind", fy: "state", rx: 2}),
         ],
       })
@@ -94,7 +105,13 @@ function drawHeat() {
         y: layerScale,
         fx: {domain, label: null, padding: 0.07, axis: null},
         marks: [
-          Plot.text(domain, {fx: (d) => d, text: (d) => d, frameAnchor: "top-left", dy: -longest - 24, fill: "var(--muted)"}),
+          Plot.text(domain, {
+            fx: (d) => d,
+            text: (d) => d,
+            frameAnchor: "top-left",
+            dy: -longest - 24,
+            fill: "var(--muted)",
+          }),
           cellMark({x: "kind", y: "layer", fx: "state", rx: 1.5}),
         ],
       });
@@ -123,7 +140,8 @@ function cellMark(options) {
     fill: "error",
     inset: 0,
     tip: {fill: "var(--raised)", stroke: "var(--line)"},
-    title: (cell) => cellLabel(cell).replace(/, /g, "\n") + (cell.n > 1 ? `\nworst as stored ${percent(cell.worst)}` : ""),
+    title: (cell) =>
+      cellLabel(cell).replace(/, /g, "\n") + (cell.n > 1 ? `\nworst as stored ${percent(cell.worst)}` : ""),
     className: "cells",
   });
 }
@@ -133,7 +151,11 @@ function makeKeyboardUsable(plot, kinds, there, across) {
   heat.index = new Map();
   rects.each(function (i) {
     const cell = heat.cells[i];
-    const position = [there.indexOf(cell.layer), kinds.indexOf(cell.kind), STATES.findIndex((s) => s.label === cell.state)];
+    const position = [
+      there.indexOf(cell.layer),
+      kinds.indexOf(cell.kind),
+      STATES.findIndex((s) => s.label === cell.state),
+    ];
     heat.index.set(position.join(), this);
     this.position = position;
     this.cell = cell;

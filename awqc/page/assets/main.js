@@ -16,9 +16,19 @@ function setUpLayers() {
 }
 
 function arrowHead() {
-  const svg = d3.create("svg").attr("width", 0).attr("height", 0).attr("aria-hidden", "true").style("position", "absolute");
+  const svg = d3
+    .create("svg")
+    .attr("width", 0)
+    .attr("height", 0)
+    .attr("aria-hidden", "true")
+    .style("position", "absolute");
   const marker = svg.append("defs").append("marker").attr("id", "arrow").attr("viewBox", "0 0 8 8");
-  marker.attr("refX", 7).attr("refY", 4).attr("markerWidth", 8).attr("markerHeight", 8).attr("orient", "auto");
+  marker
+    .attr("refX", 7)
+    .attr("refY", 4)
+    .attr("markerWidth", 8)
+    .attr("markerHeight", 8)
+    .attr("orient", "auto");
   marker.append("path").attr("class", "arrow-head").attr("d", "M0 0.5L8 4L0 7.5Z");
   document.body.append(svg.node());
 }

@@ -4,15 +4,57 @@ const PAGE = 25;
 const COLUMNS = [
   {id: "name", label: "Linear", cell: nameCell},
   {id: "shape", label: "N × K", number: true, wide: true, value: weightsOf, cell: shapeOf},
-  {id: "scheme", label: "Scheme", wide: true, value: (i) => linears.scheme[i], cell: (i) => textOf("scheme", i) || element("span", {className: "tag", textContent: textOf("decision", i)})},
-  {id: "before", label: "Nearest", number: true, value: (i) => linears.before[i], cell: (i) => percent(linears.before[i])},
+  {
+    id: "scheme",
+    label: "Scheme",
+    wide: true,
+    value: (i) => linears.scheme[i],
+    cell: (i) =>
+      textOf("scheme", i) || element("span", {className: "tag", textContent: textOf("decision", i)}),
+  },
+  {
+    id: "before",
+    label: "Nearest",
+    number: true,
+    value: (i) => linears.before[i],
+    cell: (i) => percent(linears.before[i]),
+  },
   {id: "after", label: "Stored", number: true, value: (i) => linears.after[i], cell: afterCell},
-  {id: "change", label: "Change", number: true, wide: true, value: (i) => linears.after[i] === null || !linears.before[i] ? null : linears.after[i] / linears.before[i], cell: (i) => change(linears.before[i], linears.after[i])},
-  {id: "clipped", label: "Clipped", number: true, wide: true, value: (i) => linears.clipped[i], cell: (i) => percent(linears.clipped[i])},
-  {id: "bytes", label: "Size", number: true, wide: true, value: (i) => linears.bytes[i], cell: (i) => bytes(linears.bytes[i])},
+  {
+    id: "change",
+    label: "Change",
+    number: true,
+    wide: true,
+    value: (i) =>
+      linears.after[i] === null || !linears.before[i] ? null : linears.after[i] / linears.before[i],
+    cell: (i) => change(linears.before[i], linears.after[i]),
+  },
+  {
+    id: "clipped",
+    label: "Clipped",
+    number: true,
+    wide: true,
+    value: (i) => linears.clipped[i],
+    cell: (i) => percent(linears.clipped[i]),
+  },
+  {
+    id: "bytes",
+    label: "Size",
+    number: true,
+    wide: true,
+    value: (i) => linears.bytes[i],
+    cell: (i) => bytes(linears.bytes[i]),
+  },
 ];
 
-const table = {order: Uint32Array.from({length: count}, (_, i) => i), sort: null, descending: false, page: 0, open: null, texts: null};
+const table = {
+  order: Uint32Array.from({length: count}, (_, i) => i),
+  sort: null,
+  descending: false,
+  page: 0,
+  open: null,
+  texts: null,
+};
 
 function nameCell(i) {
   const button = element("button", {type: "button", className: "plain name"}, breakable(linearName(i)));
@@ -35,7 +77,17 @@ function afterCell(i) {
 // What a search looks in: made when the first search begins.
 function searchTexts() {
   table.texts ??= Array.from({length: count}, (_, i) =>
-    [linearName(i), textOf("decision", i), textOf("reason", i), textOf("scheme", i), textOf("backend", i), textOf("no_group", i), textOf("rounding", i)].join(" ").toLowerCase(),
+    [
+      linearName(i),
+      textOf("decision", i),
+      textOf("reason", i),
+      textOf("scheme", i),
+      textOf("backend", i),
+      textOf("no_group", i),
+      textOf("rounding", i),
+    ]
+      .join(" ")
+      .toLowerCase(),
   );
   return table.texts;
 }
@@ -79,9 +131,16 @@ function drawHead() {
     const cell = element("th", {scope: "col", className: classOf(column)});
     const active = table.sort === column.id;
     if (active) cell.setAttribute("aria-sort", table.descending ? "descending" : "ascending");
-    const sign = element("span", {className: "sign", textContent: active ? (table.descending ? "↓" : "↑") : ""});
+    const sign = element("span", {
+      className: "sign",
+      textContent: active ? (table.descending ? "↓" : "↑") : "",
+    });
     sign.setAttribute("aria-hidden", "true");
-    const button = element("button", {type: "button"}, ...(column.number ? [sign, column.label] : [column.label, sign]));
+    const button = element(
+      "button",
+      {type: "button"},
+      ...(column.number ? [sign, column.label] : [column.label, sign]),
+    );
     button.addEventListener("click", () => {
       // Errors are looked at from the largest down, and a third click gives the order of the model back.
       const first = Boolean(column.number);
@@ -98,7 +157,8 @@ function drawHead() {
   byId("table").tHead.replaceChildren(row);
 }
 
-const classOf = (column) => [`of-${column.id}`, column.number ? "number" : "", column.wide ? "wide" : ""].join(" ").trim();
+const classOf = (column) =>
+  [`of-${column.id}`, column.number ? "number" : "", column.wide ? "wide" : ""].join(" ").trim();
 
 function drawRows() {
   const first = table.page * PAGE;
@@ -111,7 +171,9 @@ function drawRows() {
   });
   byId("table").tBodies[0].replaceChildren(...rows);
   const total = table.order.length;
-  const range = total ? `${whole(first + 1)}–${whole(first + shown.length)} of ${plural(total, "linear")}` : "No linear matches";
+  const range = total
+    ? `${whole(first + 1)}–${whole(first + shown.length)} of ${plural(total, "linear")}`
+    : "No linear matches";
   byId("page-range").textContent = range;
   byId("page-previous").disabled = first === 0;
   byId("page-next").disabled = first + PAGE >= total;
@@ -129,7 +191,11 @@ function moreRow(i) {
 }
 
 function setUpTable() {
-  const decisions = d3.rollups(d3.range(count), (v) => v.length, (i) => textOf("decision", i));
+  const decisions = d3.rollups(
+    d3.range(count),
+    (v) => v.length,
+    (i) => textOf("decision", i),
+  );
   byId("decision").append(
     element("option", {value: "", textContent: `All decisions (${whole(count)})`}),
     ...decisions.map(([what, n]) => element("option", {value: what, textContent: `${what} (${whole(n)})`})),

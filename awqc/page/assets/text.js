@@ -9,7 +9,10 @@ function codeLines(lines, side = "diff", about = null) {
   const shown = lines.filter((line) => SIDES[side].includes(line[0]));
   return shown.map((line) => {
     const mark = side === "diff" ? DIFF[line[0]] : "";
-    const made = element("div", {className: mark, textContent: (side === "diff" ? `${SIGNS[line[0]]}\u00a0` : "") + line.slice(1)});
+    const made = element("div", {
+      className: mark,
+      textContent: (side === "diff" ? `${SIGNS[line[0]]}\u00a0` : "") + line.slice(1),
+    });
     if (about && about(line)) made.classList.add("about");
     return made;
   });
@@ -30,7 +33,8 @@ function drawText() {
   const box = layerParts(chosen.layer).boxes.find(({kind}) => kind === chosen.kind);
   const place = byId("text-lines");
   if (!lines.length) {
-    const why = "This page was made without graphs: awqc report CHECKPOINT writes them, from a checkpoint that it can load.";
+    const why =
+      "This page was made without graphs: awqc report CHECKPOINT writes them, from a checkpoint that it can load.";
     place.replaceChildren(element("div", {className: "none", textContent: why}));
     return;
   }
