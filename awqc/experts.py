@@ -37,7 +37,6 @@ class QuantExperts(PackedModule):
         count = lowered.shape.expert_count
         assert count is not None
         self.count, self.transposed = count, transposed
-        self.dtype = lowered.shape.dtype
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         buffers = self._buffers
@@ -82,10 +81,6 @@ class QuantExperts(PackedModule):
             f"{self.count} experts, in_features={self.in_features}, out_features={self.out_features}, "
             f"{self.scheme}, backend={self.backend.name}"
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantExperts:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        return super()._apply(fn, recurse)
 
 
 class Weights:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from awqc.lowering import Lowered
@@ -38,6 +39,8 @@ class PackedModule(nn.Module):
         self._lowered_for = lowered.shape
         self._packed = replace(packed, tensors=dict.fromkeys(packed.tensors), kept={})
         self._kept = tuple(packed.kept)
+        #: Dtype of the activations that the weight is multiplied with, which the packing does not depend on.
+        self.dtype = lowered.shape.dtype
         self.op = packed.op
         self.constants = packed.constants
         self._names = tuple(packed.tensors)
@@ -60,4 +63,5 @@ class PackedModule(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device)).dtype
         return super()._apply(move, recurse)

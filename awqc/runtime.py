@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from awqc.errors import ConfigError
 from awqc.input_scales import PART
@@ -24,7 +27,6 @@ class QuantLinear(PackedModule):
 
     def __init__(self, lowered: Lowered, input_scale: Tensor | None = None) -> None:
         super().__init__(lowered)
-        self.dtype = lowered.shape.dtype
         self.register_buffer(PART, input_scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,12 +37,66 @@ class QuantLinear(PackedModule):
             x = (x * scale).to(x.dtype)
         return self.op(x, *[buffers[name] for name in self._names], *self.constants)
 
+    @property
+    def weight(self) -> LinearWeight:
+        """What a forward finds that looks at the weight of a linear, or multiplies with it by itself."""
+        return LinearWeight(self)
+
+    def dequantize(self) -> Tensor:
+        """The weight ``(N, K)`` that takes inputs as they come."""
+        weight = self.unpack()[0].dequantize(self.dtype)
+        return weight if self.input_scale is None else (weight * self.input_scale).to(self.dtype)
+
     def extra_repr(self) -> str:
         bias = self._buffers.get("bias") is not None
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
             f"{self.scheme}, backend={self.backend.name}"
         )
+
+
+class LinearWeight:
+    """The weight of a quantized linear as a tensor: its looks cost nothing, anything else dequantizes it.
+
+    Args:
+        linear: whose weight this is.
+    """
+
+    def __init__(self, linear: QuantLinear) -> None:
+        self._linear = linear
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(N, K)``."""
+        return torch.Size((self._linear.out_features, self._linear.in_features))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations that the weight is multiplied with."""
+        return self._linear.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed weight is."""
+        return next(self._linear.buffers()).device
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """As :meth:`torch.Tensor.size`."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._linear.dequantize(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        def tensor(value: Any) -> Any:
+            return value._linear.dequantize() if isinstance(value, LinearWeight) else value
+
+        return func(*tree_map(tensor, tuple(args)), **tree_map(tensor, dict(kwargs or {})))
 
 
 def replace_linears(model: nn.Module, lowered: Mapping[str, QuantLinear]) -> None:

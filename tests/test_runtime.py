@@ -174,3 +174,21 @@ def test_two_names_of_one_linear_with_two_replacements() -> None:
     assert str(error.value) == (
         "again.shared is another name of a module that is replaced by a different linear"
     )
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_forward_that_looks_at_the_weight_finds_one(scaled: bool) -> None:
+    quantized = linear("reference", bias=False)
+    if scaled:
+        quantized.input_scale = torch.rand(64) + 0.5
+    weight, x = quantized.weight, torch.randn(3, 64)
+    assert (weight.shape, weight.size(1)) == ((32, 64), 64)
+    assert (weight.dtype, weight.device) == (torch.float32, torch.device("cpu"))
+    dense = quantized.dequantize()
+    assert torch.equal(weight.to(torch.float64), dense.double())
+    found = torch.nn.functional.linear(x, weight)
+    assert torch.equal(found, x @ dense.T)
+    bound = 64 * torch.finfo(torch.float32).eps
+    assert (found - quantized(x)).norm() <= bound * found.norm()
+    assert quantized.half().weight.dtype == torch.float16
+    assert list(quantized.state_dict()).count("weight") == 0
