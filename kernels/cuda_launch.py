@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from awqc.kernels.nvrtc import architecture, compile_source
 
@@ -30,6 +31,11 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 class LaunchError(RuntimeError):
     """The driver refuses to load or to launch a kernel."""
+
+
+#: ``CUtensorMapDataType`` and others of their kind.
+_TENSOR_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+_SWIZZLE_128_BYTES, _PROMOTE_256_BYTES = 3, 3
 
 
 class _Attribute(ctypes.Structure):
@@ -145,6 +151,38 @@ class CudaKernel:
                 status = driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         if status:
             _check(status, f"cuLaunchKernelEx(grid={tuple(grid)}, block={tuple(block)})")
+
+
+def tensor_map(matrix: Tensor, rows: int, columns: int) -> bytes:
+    """The tensor map (``CUtensorMap``) by which bulk copies take boxes of ``matrix``, 128 bytes of a row
+    swizzled in shared memory, with zeros for what lies outside.
+
+    Args:
+        matrix: contiguous ``(R, C)``, float16 or bfloat16, with rows that begin at multiples of 16 bytes.
+        rows, columns: of a box; at most 256, and 64 columns.
+
+    Raises:
+        LaunchError: if the driver refuses.
+    """
+    storage = ctypes.create_string_buffer(128 + 64)
+    start = -(-ctypes.addressof(storage) // 64) * 64
+    status = driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(start),
+        ctypes.c_int(_TENSOR_TYPES[matrix.dtype]),
+        ctypes.c_uint(2),
+        ctypes.c_void_p(matrix.data_ptr()),
+        (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0]),
+        (ctypes.c_uint64 * 1)(matrix.shape[1] * matrix.element_size()),
+        (ctypes.c_uint32 * 2)(columns, rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        ctypes.c_int(0),
+        ctypes.c_int(_SWIZZLE_128_BYTES),
+        ctypes.c_int(_PROMOTE_256_BYTES),
+        ctypes.c_int(0),
+    )
+    if status:
+        _check(status, f"cuTensorMapEncodeTiled of {tuple(matrix.shape)} in boxes of {(rows, columns)}")
+    return ctypes.string_at(start, 128)
 
 
 @functools.cache

@@ -81,29 +81,28 @@ __device__ __forceinline__ u16 from_float(float value) {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
-constexpr int X_STRIDE = 272;  // bytes of a token's 128 activations; 16 more than they are, for the banks
-
-// Half a strip's activations, 64 channels, in the order of the second operand: b[step][token tile].
+// Half a strip's activations, 64 channels, in the order of the second operand: b[step][token tile]. They lie in rows
+// of 128 bytes, one for each token; the 16-byte pieces of row r are swizzled: piece c is at c ^ (r & 7).
 template <int NT>
-__device__ __forceinline__ void load_x(u32 (&b)[4][NT][2], const u8* x, int tokens, int lane) {
+__device__ __forceinline__ void load_x(u32 (&b)[4][NT][2], u32 x, int tokens, int lane) {
 #pragma unroll
   for (int t = 0; t < NT; ++t) {
     // Columns of the product are independent: those beyond the last token repeat it and are not stored.
     const int row = min(t * 8 + (lane & 7), tokens - 1);
-    const u32 address = shared_address(x + row * X_STRIDE + (lane >> 3) * 16);
 #pragma unroll
     for (int p = 0; p < 2; ++p)
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                    : "=r"(b[2 * p][t][0]), "=r"(b[2 * p][t][1]), "=r"(b[2 * p + 1][t][0]), "=r"(b[2 * p + 1][t][1])
-                   : "r"(address + p * 64));
+                   : "r"(x + row * 128 + ((p * 4 + (lane >> 3)) ^ (row & 7)) * 16));
   }
 }
 
-// y += W x for S strips of weights; x is that of their 128 channels.
+// y += W x for S strips of weights; x and x + half_bytes are the activations of the halves of their 128 channels.
 // The product is taken with 16 + q; what that adds, (16 + z) times the sum of the group's activations, is known
 // exactly and subtracted before the scale is applied. Strips take turns, so that no product waits for the last.
 template <int NT, int S>
-__device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips, const u8* x, int tokens, int lane) {
+__device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips, u32 x, int half_bytes, int tokens,
+                                         int lane) {
 #if BF16
   const u32 ones[4] = {0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u};
 #else
@@ -117,7 +116,7 @@ __device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips,
     for (int strip = 0; strip < S; ++strip)
       words[strip] = reinterpret_cast<const uint4*>(strips + strip * STRIP_BYTES)[half * 32 + lane];
     u32 b[4][NT][2];
-    load_x<NT>(b, x + half * 128, tokens, lane);
+    load_x<NT>(b, x + half * half_bytes, tokens, lane);
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       const int step = half * 4 + s;

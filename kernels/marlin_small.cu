@@ -5,41 +5,25 @@
 // weights and activations, and fills it itself, so nothing is shared until the strips are done: then sums meet in
 // shared memory in the order of the warps, and those of the ranks in the order of the ranks. HOPPER copies weights
 // in bulk, starts that before the kernel ahead has ended, and joins ranks in a cluster; elsewhere copies are cp.async
-// and ranks join through `partials` and the kernel `join`. Macros: those of marlin_block.cuh, TOKENS (8 or 16),
-// WARPS, STRIPS, ROUNDS (of STRIPS strips in a share), DEPTH, SPLIT, HOPPER.
+// and ranks join through `partials` and the kernel of marlin_join.cu. Macros: those of marlin_block.cuh, TOKENS (8 or
+// 16), WARPS, STRIPS, ROUNDS (of STRIPS strips in a share), DEPTH, SPLIT, HOPPER.
 #include "marlin_block.cuh"
 
 constexpr int NT = TOKENS / 8;
 constexpr int ROWS = STRIPS * 16;
 constexpr int ROW = ROWS + 4;  // floats of one token's sums: lanes of a warp then write to different banks
 constexpr int WEIGHT_BYTES = STRIPS * STRIP_BYTES;
+constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels
+constexpr int X_BYTES = 2 * X_HALF;
+constexpr int RING_BYTES = WARPS * DEPTH * (X_BYTES + WEIGHT_BYTES);
 
 extern __shared__ __align__(128) u8 shared[];
 
+#if HOPPER
+#include "marlin_bulk.cuh"
+#else
 __device__ __forceinline__ void copy16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
-}
-
-#if HOPPER
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
-      ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void store_at_rank(float* p, u32 rank, float value) {
-  u32 remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 }
 #endif
 
@@ -54,21 +38,27 @@ struct Position {
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    small(u16* __restrict__ y, const u16* __restrict__ x, const u8* __restrict__ packed, const u16* __restrict__ bias,
-          float* __restrict__ partials, int all_tokens, int n, int k, int all_strips, int k_blocks) {
+#if HOPPER
+    small(const __grid_constant__ TensorMap x, u16* __restrict__ y, const u8* __restrict__ packed,
+          const u16* __restrict__ bias, int all_tokens, int n, int all_strips, int k_blocks, int box) {
+#else
+    small(const u16* __restrict__ x, u16* __restrict__ y, const u8* __restrict__ packed, const u16* __restrict__ bias,
+          float* __restrict__ partials, int all_tokens, int n, int all_strips, int k_blocks, int k) {
+#endif
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int rank = blockIdx.x % SPLIT, strip0 = blockIdx.x / SPLIT * (STRIPS * ROUNDS);
   const int rounds = min(ROUNDS, (all_strips - strip0 + STRIPS - 1) / STRIPS);
   const int k0 = rank * k_blocks / SPLIT, k1 = (rank + 1) * k_blocks / SPLIT;
   const int tokens = min(TOKENS, all_tokens - int(blockIdx.y) * TOKENS);
-  x += long(blockIdx.y) * TOKENS * k;
   y += long(blockIdx.y) * TOKENS * n;
 
-  const int slot_bytes = WEIGHT_BYTES + tokens * X_STRIDE;
-  u8* ring = shared + 512 + warp * DEPTH * slot_bytes;
-  const int ring_bytes = WARPS * DEPTH * slot_bytes, part_bytes = WARPS * tokens * ROW * 4;
-  // With one round, the ring has done its work when sums are joined.
-  float* parts = reinterpret_cast<float*>(shared + 512 + (ROUNDS == 1 ? 0 : ring_bytes));
+  // Swizzled activations begin at multiples of 1024 bytes.
+  u8* rings = shared + ((1023u - (shared_address(shared) - 1u) % 1024u)) + 1024;
+  u8* x_ring = rings + warp * DEPTH * X_BYTES;
+  u8* ring = rings + WARPS * DEPTH * X_BYTES + warp * DEPTH * WEIGHT_BYTES;
+  const int part_bytes = WARPS * tokens * ROW * 4;
+  // With one round, the rings have done their work when sums are joined.
+  float* parts = reinterpret_cast<float*>(rings + (ROUNDS == 1 ? 0 : RING_BYTES));
 
   const int first = k0 + warp;
   const Position start = {first < k1 ? 0 : rounds, first};
@@ -78,33 +68,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const int strip = min(strip0 + p.round * STRIPS + s, all_strips - 1);
     return packed + ((long(strip >> 2) * k_blocks + p.kb) * 4 + (strip & 3)) * STRIP_BYTES;
   };
-  auto fill_x = [&](int slot, const Position& p) {
-    if (p.round >= rounds) return;
-    u8* to = ring + slot * slot_bytes + WEIGHT_BYTES;
-#pragma unroll
-    for (int i = lane; i < TOKENS * 16; i += 32) {
-      const int channel = p.kb * 128 + (i & 15) * 8;
-      // Channels past the last one: weights are padded there, and zeros keep them out of the sums.
-      if (i < tokens * 16)
-        copy16(to + (i >> 4) * X_STRIDE + (i & 15) * 16, x + long(i >> 4) * k + min(channel, k - 8),
-               channel < k ? 16 : 0);
-    }
-  };
 #if HOPPER
-  const u32 full = shared_address(shared) + warp * DEPTH * 8;
+  const u32 full = shared_address(rings) - 1024 + warp * DEPTH * 8;
+  auto fill_x = [&](int slot, const Position& p) {
+    if (p.round >= rounds || lane >= 2) return;
+    copy_tensor(shared_address(x_ring + slot * X_BYTES + lane * X_HALF), &x, p.kb * 128 + lane * 64,
+                blockIdx.y * TOKENS, full + 8 * slot);
+  };
   auto fill_weights = [&](int slot, const Position& p) {
     if (p.round >= rounds) return;
-    const u32 to = shared_address(ring + slot * slot_bytes), barrier = full + 8 * slot;
+    const u32 to = shared_address(ring + slot * WEIGHT_BYTES), barrier = full + 8 * slot;
     // Strips of the same block are contiguous: each lane copies those of one block.
     const int begin = strip0 + p.round * STRIPS, end = min(begin + STRIPS, all_strips);
-    if (lane == 0) expect(barrier, u32(end - begin) * STRIP_BYTES);
+    if (lane == 0) expect(barrier, u32(end - begin) * STRIP_BYTES + box * 256);
     __syncwarp();
     const int from = max(begin, ((begin >> 2) + lane) * 4), until = min(end, ((begin >> 2) + lane) * 4 + 4);
     if (from < until)
       copy_bulk(to + (from - begin) * STRIP_BYTES, strip_at(p, from - begin), u32(until - from) * STRIP_BYTES, barrier);
   };
   if (lane == 0) {
-    for (int i = 0; i < DEPTH; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * i));
+    for (int i = 0; i < DEPTH; ++i) init_barrier(full + 8 * i, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
@@ -114,10 +97,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #else
   auto fill_weights = [&](int slot, const Position& p) {
     if (p.round >= rounds) return;
-    u8* to = ring + slot * slot_bytes;
+    u8* to = ring + slot * WEIGHT_BYTES;
     constexpr int PIECES = STRIP_BYTES / 16;
     for (int i = lane; i < STRIPS * PIECES; i += 32)
       copy16(to + i * 16, strip_at(p, i / PIECES) + i % PIECES * 16, 16);
+  };
+  auto fill_x = [&](int slot, const Position& p) {
+    if (p.round >= rounds) return;
+    for (int i = lane; i < tokens * 16; i += 32) {
+      const int token = i >> 4, piece = i & 7, channel = p.kb * 128 + (i & 15) * 8;
+      // Channels past the last one: weights are padded there, and zeros keep them out of the sums.
+      copy16(x_ring + slot * X_BYTES + (i >> 3 & 1) * X_HALF + token * 128 + (piece ^ (token & 7)) * 16,
+             x + long(blockIdx.y * TOKENS + token) * k + min(channel, k - 8), channel < k ? 16 : 0);
+    }
   };
 #endif
   for (int i = 0; i < DEPTH; ++i) {
@@ -135,7 +127,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   for (int i = 0; i < DEPTH; ++i) {
     fill_x(i, ahead_x);
     ahead_x.advance(first, k1);
-    asm volatile("cp.async.commit_group;" ::: "memory");
   }
 #endif
 
@@ -144,17 +135,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   for (int round = 0; round < rounds; ++round) {
     float sums[STRIPS][NT][4] = {};
     for (int kb = first; kb < k1; kb += WARPS) {
-      asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
 #if HOPPER
       wait(full + 8 * slot, parity);
-#endif
+#else
+      asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
       __syncwarp();
-      const u8* own = ring + slot * slot_bytes;
-      multiply<NT, STRIPS>(sums, own, own + WEIGHT_BYTES, tokens, lane);
+#endif
+      multiply<NT, STRIPS>(sums, ring + slot * WEIGHT_BYTES, shared_address(x_ring + slot * X_BYTES), X_HALF, tokens, lane);
       __syncwarp();
       fill_weights(slot, ahead);
       fill_x(slot, ahead);
+#if !HOPPER
       asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
       ahead.advance(first, k1);
       if (++slot == DEPTH) slot = 0, parity ^= 1;
     }
@@ -174,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     if (round == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all ranks have started
     const int per_rank = (tokens * ROWS / 16 + 2 * SPLIT - 1) / (2 * SPLIT) * 32;
     float* gathered =
-        reinterpret_cast<float*>(shared + 512 + (ROUNDS == 1 ? max(ring_bytes, part_bytes) : ring_bytes + part_bytes));
+        reinterpret_cast<float*>(rings + (ROUNDS == 1 ? max(RING_BYTES, part_bytes) : RING_BYTES + part_bytes));
 #endif
     for (int e = threadIdx.x; e < tokens * ROWS; e += WARPS * 32) {
       const int token = e / ROWS;
@@ -194,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     }
 #if HOPPER && SPLIT > 1
     if (round + 1 < rounds) continue;
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    cluster_barrier();
     for (int i = threadIdx.x; i < rounds * per_rank; i += WARPS * 32) {
       const int r = i / per_rank, in_round = i - r * per_rank;
       const int e = (in_round >> 5) * 32 * SPLIT + rank * 32 + (in_round & 31);
@@ -207,16 +200,3 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #endif
   }
 }
-
-#if !HOPPER
-// The ranks' sums, in the order of the ranks.
-extern "C" __global__ void join(u16* __restrict__ y, const float* __restrict__ partials, const u16* __restrict__ bias,
-                                int elements, int n) {
-  const int e = blockIdx.x * blockDim.x + threadIdx.x;
-  if (e >= elements) return;
-  float sum = 0.f;
-#pragma unroll
-  for (int c = 0; c < SPLIT; ++c) sum += partials[long(c) * elements + e];
-  y[e] = from_float(bias ? sum + to_float(bias[e % n]) : sum);
-}
-#endif

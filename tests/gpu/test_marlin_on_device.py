@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awqc.kernels import qlinear_marlin
+from awqc.kernels import marlin_stream, qlinear_marlin
 from awqc.kernels.qlinear import dequantize
 from awqc.kernels.qlinear_marlin import Marlin
 
@@ -55,8 +55,9 @@ def assert_close(found: Tensor, expected: Tensor, case: object) -> None:
 def test_random_shapes(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if hopper and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs compute capability 9.0")
-    monkeypatch.setattr(qlinear_marlin, "has_bulk_copies", lambda _: hopper)
-    qlinear_marlin.stream.cache_clear()
+    for module in (marlin_stream, qlinear_marlin):
+        monkeypatch.setattr(module, "has_bulk_copies", lambda _: hopper)
+    marlin_stream.stream.cache_clear()
     draw = random.Random(0)
     for seed in range(SHAPES):
         case = (
@@ -64,7 +65,7 @@ def test_random_shapes(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
             draw.choice([draw.randint(1, 600), 8 * draw.randint(1, 300)]),
             draw.choice([-1, 32, 64, 128, 256]),
             draw.random() < 0.5,
-            draw.choice([1, 2, 3, 5, 8, 9, 16, 17, 31, 64, 65, 130]),
+            draw.choice([1, 2, 3, 5, 8, 9, 16, 17, 31, 64, 65, 130, 300, 1100]),
             draw.choice([torch.float16, torch.bfloat16]),
             seed,
         )
@@ -72,7 +73,7 @@ def test_random_shapes(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         found = Marlin.op(x, *operands)
         assert_close(found, expected, case)
         assert torch.equal(found, Marlin.op(x, *operands)), f"{case}: not the same bits twice"
-    qlinear_marlin.stream.cache_clear()
+    marlin_stream.stream.cache_clear()
 
 
 def test_inputs_of_any_strides_and_alignment() -> None:
@@ -87,7 +88,7 @@ def test_no_tokens() -> None:
     assert Marlin.op(x[:0], *operands).shape == (0, 64)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 100])
+@pytest.mark.parametrize("tokens", [1, 16, 40, 100, 1100])
 def test_a_captured_call_reads_its_input_anew(tokens: int) -> None:
     x, _, operands = problem(256, 512, 128, True, tokens, torch.float16, 0)
     Marlin.op(x, *operands)

@@ -1,0 +1,154 @@
+"""A quantized linear for many tokens on Hopper: ``marlin_wide.cu``, bound by tensor cores or by copies."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awqc.kernels import marlin_layout as layout
+from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
+from awqc.kernels.marlin_join import join
+from awqc.kernels.marlin_stream import aligned
+
+#: Threads of a block: two warpgroups that multiply, and one that copies.
+_THREADS = 384
+#: Blocks of 64 rows of a tile, one for each of the two.
+_ROW_BLOCKS = 2
+#: Bytes at the start of a block's shared memory: for its alignment, and for its barriers.
+_BARRIERS = 2048
+#: Tokens of a tile, as the instruction has them.
+TILE_TOKENS = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class WideTiling:
+    """How ``marlin_wide.cu`` cuts a product; the names are those of its macros.
+
+    Args:
+        tokens: of a tile.
+        split: blocks that share the channels.
+        stages: of 128 channels in flight.
+    """
+
+    tokens: int
+    split: int
+    stages: int
+
+    def blocks(self, row_blocks: int, tokens: int) -> int:
+        """Blocks of the grid for ``row_blocks`` blocks of 64 rows."""
+        return -(-row_blocks // _ROW_BLOCKS) * -(-tokens // self.tokens) * self.split
+
+    def shared_bytes(self, group: int) -> int:
+        """Shared memory of a block: barriers and the ring, which becomes the sums."""
+        weights = _ROW_BLOCKS * layout.STRIPS * layout.strip_bytes(group)
+        stage = self.tokens * 2 * layout.CHANNELS + -(-weights // 1024) * 1024
+        sums = _ROW_BLOCKS * layout.ROWS * (self.tokens + 2) * 4
+        return _BARRIERS + max(self.stages * stage, sums)
+
+
+def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int, limit: int) -> WideTiling:
+    """How to cut the product of a weight of ``row_blocks`` by ``columns`` blocks with ``tokens`` tokens.
+
+    Tiles are as wide as the tokens, up to 256 of them where that leaves work for most processors; then the
+    channels are split as long as every block still has a processor of its own.
+
+    Args:
+        processors: multiprocessors of the device; each takes one block of the grid at a time.
+        limit: bytes of shared memory that a block may have.
+    """
+    row_tiles = -(-row_blocks // _ROW_BLOCKS)
+    at_once = tile_tokens(tokens)
+    if at_once == TILE_TOKENS[-1] and row_tiles * -(-tokens // at_once) < processors * 3 // 4:
+        at_once = TILE_TOKENS[-2]
+    tiles = row_tiles * -(-tokens // at_once)
+    split = max(
+        split for split in (1, 2, 4, 8) if split == 1 or (tiles * split <= processors and split <= columns)
+    )
+    return next(
+        tiling
+        for stages in (8, 7, 6, 5, 4, 3, 2)
+        if (tiling := WideTiling(at_once, split, stages)).shared_bytes(group) <= limit
+    )
+
+
+def tile_tokens(tokens: int) -> int:
+    """The smallest tile that has ``tokens`` tokens, or the largest."""
+    return next((size for size in TILE_TOKENS if size >= tokens), TILE_TOKENS[-1])
+
+
+@dataclass(frozen=True)
+class Wide:
+    """The launch of ``marlin_wide.cu`` for one shape."""
+
+    main: CudaKernel
+    tiling: WideTiling
+
+
+@functools.cache
+def wide(
+    row_blocks: int,
+    columns: int,
+    tokens: int,
+    group: int,
+    dtype: torch.dtype,
+    bfloat16_scales: bool,
+    device: torch.device,
+) -> Wide:
+    """The launch for a weight of ``row_blocks`` by ``columns`` blocks, compiled and loaded."""
+    properties = torch.cuda.get_device_properties(device)
+    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    tiling = tile(row_blocks, columns, tokens, group, properties.multi_processor_count, limit)
+    main = kernel(
+        "marlin_wide.cu",
+        "wide",
+        "128sPPPPiiiii",
+        device,
+        shared=tiling.shared_bytes(group),
+        dependent=True,
+        BF16=int(dtype == torch.bfloat16),
+        SCALE_BF16=int(bfloat16_scales),
+        GROUP=group,
+        TOKENS=tiling.tokens,
+        SPLIT=tiling.split,
+        STAGES=tiling.stages,
+    )
+    return Wide(main, tiling)
+
+
+def multiply(
+    rows: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int, bfloat16_scales: bool
+) -> Tensor:
+    """``rows @ W.T + bias`` for ``rows`` ``(M, K)`` float16 or bfloat16, contiguous; ``(M, n)``.
+
+    Args:
+        packed, group, bfloat16_scales: of :func:`awqc.kernels.qlinear_marlin.qlinear_marlin`.
+        bias: ``(n,)`` of the dtype of ``rows``, or None.
+    """
+    rows = aligned(rows)
+    tokens = rows.shape[0]
+    row_blocks, columns = packed.shape[:2]
+    # Launches change with tiles of tokens only.
+    size = tile_tokens(tokens)
+    whole = -(-tokens // size) * size
+    launch = wide(row_blocks, columns, whole, group, rows.dtype, bfloat16_scales, rows.device)
+    tiling = launch.tiling
+    out = rows.new_empty(tokens, n)
+    partials = None
+    if tiling.split > 1:
+        partials = torch.empty(tiling.split, tokens, n, dtype=torch.float32, device=rows.device)
+    launch.main.launch(
+        (tiling.blocks(row_blocks, tokens),),
+        (_THREADS,),
+        (
+            tensor_map(rows, tiling.tokens, 64),
+            *(out.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr()),
+            *(0 if partials is None else partials.data_ptr(), tokens, n),
+            *(row_blocks, columns, -(-tokens // tiling.tokens)),
+        ),
+    )
+    if partials is not None:
+        join(out, partials, bias, dependent=True)
+    return out

@@ -1,0 +1,32 @@
+"""Partial sums in their order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from awqc.kernels import nvrtc
+from awqc.kernels.cuda_launch import read_source
+from awqc.kernels.marlin_join import join
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+def test_the_kernel_compiles(arch: str, width: int) -> None:
+    defines = {"BF16": 0, "SPLIT": 4, "WIDTH": width, "HOPPER": int(arch == "sm_90a")}
+    source = read_source("marlin_join.cu")
+    assert b"join" in nvrtc.compile_source(source, arch, defines, name="marlin_join.cu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n", [64, 67])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_are_added_first_to_last(n: int, dtype: torch.dtype) -> None:
+    partials, bias = torch.randn(4, 5, n, device="cuda"), torch.randn(n, device="cuda").to(dtype)
+    for vector in (None, bias):
+        out = torch.full((5, n), torch.nan, dtype=dtype, device="cuda")
+        join(out, partials, vector, dependent=False)
+        expected = partials[0] + partials[1] + partials[2] + partials[3]
+        assert torch.equal(out, (expected if vector is None else expected + vector.float()).to(dtype))
