@@ -7,14 +7,14 @@ that quantizing a weight to 4 bits does to the same values. docs/quality.md has 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from awqc.views import linear
+from awqc.views import expert_linear, linear
 
 
 def fast_in_bfloat16(device: torch.device) -> bool:
@@ -49,9 +49,31 @@ class RoundedLinear:
         return y if bias is None else y.add_(bias)
 
 
-def rounded_linears(nodes: Iterable[fx.Node], dtype: torch.dtype | None) -> Mapping[fx.Node, RoundedLinear]:
-    """What to call for each linear of ``nodes`` while the weights are as they are; nothing if ``dtype``
-    is None."""
+@dataclass
+class RoundedExperts:
+    """The linears of experts, ``op(x, weight, ...)``, rounded to ``dtype`` as :class:`RoundedLinear` does."""
+
+    dtype: torch.dtype
+    op: Callable[..., Tensor]
+    _weight: Tensor | None = field(default=None, init=False)
+
+    def __call__(self, x: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
+        if self._weight is None:
+            self._weight = weight.to(self.dtype)
+        return self.op(x.to(self.dtype), self._weight, *rest).to(x.dtype)
+
+
+def rounded_linears(
+    nodes: Iterable[fx.Node], dtype: torch.dtype | None
+) -> Mapping[fx.Node, RoundedLinear | RoundedExperts]:
+    """What to call for each linear of ``nodes``, those of experts too, while the weights are as they are;
+    nothing if ``dtype`` is None."""
     if dtype is None:
         return {}
-    return {node: RoundedLinear(dtype) for node in nodes if linear(node) is not None}
+    calls: dict[fx.Node, RoundedLinear | RoundedExperts] = {}
+    for node in nodes:
+        if linear(node) is not None:
+            calls[node] = RoundedLinear(dtype)
+        elif expert_linear(node) is not None and callable(node.target):
+            calls[node] = RoundedExperts(dtype, node.target)
+    return calls

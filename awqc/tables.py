@@ -120,7 +120,7 @@ def linears(report: Report, full: bool = False) -> Table | None:
 
     for (name, shape, scheme, backend), members in _by(rows, kind):
         nearest, error = _mean(r.nearest_error for r in members), _mean(r.error for r in members)
-        compensated = sum(r.rounding == "compensated" for r in members)
+        compensated = sum("compensated" in r.rounding for r in members)
         table.add_row(
             name,
             *([] if full else [str(len(members))]),

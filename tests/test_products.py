@@ -8,10 +8,13 @@ import torch.nn.functional as F
 
 from awqc import products
 from awqc.graph import Graph
+from awqc.passes.canonicalize import Canonicalize
 from awqc.passes.round_weights import RoundWeights
 from awqc.products import RoundedLinear, propagation_dtype, rounded_linears
 from awqc.statistics import Statistics
-from tests.passes.graphs import OBSERVED, Look, Mlp, graph_of, run, samples
+from awqc.views import expert_linears
+from tests.mixtures import Mixture
+from tests.passes.graphs import OBSERVED, Look, Mlp, context_of, graph_of, run, samples
 
 CPU = torch.device("cpu")
 
@@ -81,3 +84,19 @@ def test_later_statistics_see_rounded_products_and_the_report_says_so() -> None:
     error = float((rounded - exact).norm() / exact.norm())
     # Three roundings of a factor, each of at most half an eps, twice in a product of two activations.
     assert 0 < error < 3 * torch.finfo(torch.bfloat16).eps
+
+
+def test_linears_of_experts_are_rounded_too() -> None:
+    graph = graph_of(Mixture(), **samples(1)[0])
+    Canonicalize().run(graph, context_of([]))
+    views = list(expert_linears(graph))
+    calls = rounded_linears(graph.nodes, torch.bfloat16)
+    assert {view.node for view in views} <= set(calls)
+    assert not rounded_linears(graph.nodes, None)
+    x, offsets = torch.randn(10, 32), torch.tensor([3, 3, 8, 10])
+    weight = Mixture().first.detach()
+    found = calls[views[0].node](x, weight, offsets)
+    expected = torch.ops.awqc.grouped_linear(x, weight, offsets)
+    assert found.dtype == torch.float32
+    # Operands and result are rounded once each.
+    assert 0 < (found - expected).norm() <= 3 * torch.finfo(torch.bfloat16).eps / 2 * expected.norm()
