@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--kernels", nargs="*", help="class names in lower case; default: all that are legal")
     parser.add_argument("--out", help="CSV file")
+    parser.add_argument("--plot", help="PNG file: bandwidth over tokens; needs matplotlib")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     begin = time.time()
@@ -232,6 +233,33 @@ def main() -> None:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(asdict(row) for row in rows)
+    if options.plot:
+        plot(rows, options.plot)
+
+
+def plot(rows: list[Row], file: str) -> None:
+    """Bytes of the packed weight over the time of a call, for every kernel, over tokens, a panel a shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys((row.n, row.k) for row in rows))
+    figure, panels = pyplot.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), sharey=True, squeeze=False)
+    for panel, (n, k) in zip(panels[0], shapes, strict=True):
+        own = [row for row in rows if (row.n, row.k) == (n, k)]
+        for kernel in dict.fromkeys(row.kernel for row in own):
+            points = [(row.m, row.gbps) for row in own if row.kernel == kernel]
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=kernel)
+        panel.axhline(own[0].gbps * own[0].over_floor, color="gray", linestyle="--", label="streaming read")
+        panel.set_title(f"N={n}, K={k}")
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_xlabel("tokens M")
+    panels[0][0].set_ylabel("GB/s of packed weights")
+    panels[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":
