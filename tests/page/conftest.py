@@ -62,7 +62,9 @@ def width(request: pytest.FixtureRequest) -> int:
 @pytest.fixture
 def page(browser: Any, page_file: Path, width: int) -> Iterator[Any]:
     """The page, opened; it must ask for nothing and complain of nothing."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme="light")
+    size = {"width": width, "height": 900}
+    # Without motion, so that nothing moves on while it is clicked.
+    context = browser.new_context(viewport=size, color_scheme="light", reduced_motion="reduce")
     opened = context.new_page()
     wrong: list[str] = []
     opened.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))

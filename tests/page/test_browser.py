@@ -59,6 +59,13 @@ def test_a_click_on_a_cell_chooses_its_layer(page: Any) -> None:
     assert page.locator("#heat .chosen").count() == 2
 
 
+def test_cells_can_be_clicked_one_after_the_other(page: Any) -> None:
+    """No tip stays in the way."""
+    for layer, kind in ((0, "attn.k"), (0, "attn.v"), (1, "attn.k"), (1, "attn.q"), (0, "attn.q")):
+        page.locator(f'[aria-label^="net.blocks.{layer}, {kind}, as stored"]').click(timeout=5000)
+        assert page.inner_text("#detail h3") == f"net.blocks.{layer}.{kind}"
+
+
 def test_cells_are_walked_with_arrow_keys(page: Any, width: int) -> None:
     assert page.locator(f'{CELLS}[tabindex="0"]').count() == 1
     page.locator(f'{CELLS}[tabindex="0"]').focus()

@@ -192,7 +192,7 @@ function drawCurve(g) {
         y: "loss",
         fill: "family",
         r: 2,
-        tip: {fill: "var(--raised)", stroke: "var(--line)"},
+        tip: {fill: "var(--raised)", stroke: "var(--line)", lineHeight: 1.35},
         title: (p) => `${p.family} ${p.ratio}\n${p.loss}`,
       }),
       Plot.dot(best, {x: "ratio", y: "loss", r: 5.5, stroke: "var(--ink)", strokeWidth: 1.5}),

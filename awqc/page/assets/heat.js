@@ -139,7 +139,7 @@ function cellMark(options) {
     ...options,
     fill: "error",
     inset: 0,
-    tip: {fill: "var(--raised)", stroke: "var(--line)"},
+    tip: {fill: "var(--raised)", stroke: "var(--line)", lineHeight: 1.35},
     title: (cell) =>
       cellLabel(cell).replace(/, /g, "\n") + (cell.n > 1 ? `\nworst as stored ${percent(cell.worst)}` : ""),
     className: "cells",

@@ -40,6 +40,8 @@ if (count) {
   setUpText();
   setUpTable();
   chosen.listeners.push(drawFlow, drawDetail, drawText, markChosenCell);
+  // Plot would pin its tip where the pointer is pressed, over the cell that is meant.
+  byId("heat").addEventListener("pointerdown", (event) => event.stopPropagation(), {capture: true});
   drawHeat();
   choose(chosen.layer);
   let width = innerWidth;
