@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from awqc.backend import Backend, get_backend
-from awqc.calibration import CalibrationTokens, load_tokens, sequence_limit, vocabulary_size
-from awqc.capture import CaptureReport, capture, check_against_eager
+from awqc.calibration import (
+    CalibrationInputs,
+    CalibrationTokens,
+    load_tokens,
+    model_inputs,
+    sequence_limit,
+    token_inputs,
+    vocabulary_size,
+)
 from awqc.checkpoints import SearchRecord, fingerprint, hash_tensor
 from awqc.compiled import Compilation, CompiledModel, assemble, structural_copy
 from awqc.config import QuantConfig
@@ -24,15 +30,12 @@ from awqc.graph import Graph
 from awqc.lowered import LoweredExperts, LoweredLinears
 from awqc.packed import PackedModule
 from awqc.pipeline import Pipeline
+from awqc.preparation import left_out, prepare
 from awqc.quantized import packed_bytes
-from awqc.report import Report
+from awqc.report import LinearRow, Report
 from awqc.scales import FoldedScales
 from awqc.source import ModelSource, named_tensors, open_source
-from awqc.verify import Probe
 from awqc.weights import Rounded, Weights
-
-#: Tokens in the input on which whole graphs are compared and folds are proven.
-PROBE_TOKENS = 16
 
 
 def compile(
@@ -47,6 +50,7 @@ def compile(
     max_calib_seq_len: int = 512,
     split: str | None = None,
     column: str | None = None,
+    root: str | None = None,
     device: str | torch.device = "cpu",
     flags: Flags | None = None,
     progress: Progress | None = None,
@@ -57,13 +61,16 @@ def compile(
         model: a module (left as it is; the result shares its unchanged tensors), or a directory with
             ``config.json`` and safetensors, read tensor by tensor.
         calib: calibration data, see :func:`awqc.calibration.load_tokens`: token ids, strings,
-            conversations, a file, a data set, or ``"self"`` to let the model write its own.
+            conversations, a file, a data set, or ``"self"`` to let the model write its own. For a model that
+            reads more than tokens, a list of dicts of the arguments of its forward.
         backend: what the linears are lowered to: ``"auto"``, a name, or a backend object.
         config: bits, group size and so on.
         pipeline: the passes; :meth:`Pipeline.default` unless given. ``backend`` sets its ``lower`` pass.
         tokenizer: needed for text; by default the one beside the model.
         max_calib_samples, max_calib_seq_len: at most so many sequences of so many tokens.
         split, column: of a data set.
+        root: name of the submodule to compile; what lies outside stays in float. By default the part that
+            reads text where that is a part of the model, else the whole; ``""`` is the whole.
         device: where to compile, and where the result is.
         flags: debugging aids; by default from ``AWQC_*`` variables.
         progress: how long loops show themselves.
@@ -82,37 +89,31 @@ def compile(
     pipeline.check_order()
     source = open_source(model)
     started = time.perf_counter()
-    tokens = _calibration(
-        source, calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column, config, progress
+    inputs = model_inputs(calib, max_calib_samples) or token_inputs(
+        _calibration(
+            source, calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column, config, progress
+        ),
+        source.module,
     )
+    report = _report(config, inputs, source)
     read = time.perf_counter()
-    batches = [{"input_ids": row[None].to(device)} for row in tokens.ids]
-    graph = capture(source, batches[0], torch.float32, device)
-    context = Context(config, batches, _report(config, tokens, source), progress)
-    _check_capture(source, graph, context)
-    context.report.add_seconds("read-calibration", read - started)
-    context.report.add_seconds("capture", time.perf_counter() - read)
-    pipeline.run(graph, context, flags)
-    return _finish(source, graph, context, tokens)
+    prepared = prepare(source, inputs.batches, device, report, root)
+    report.add_seconds("read-calibration", read - started)
+    report.add_seconds("capture", time.perf_counter() - read)
+    context = Context(config, prepared.batches, report, progress, probe=prepared.probe)
+    kept = left_out(source, prepared.graph, prepared.root)
+    pipeline.run(prepared.graph, context, flags)
+    _keep(source, report, kept)
+    return _finish(source, prepared.graph, context, inputs)
 
 
-def _check_capture(source: ModelSource, graph: Graph, context: Context) -> None:
-    """Compare graph and module on two inputs, at a small shape if the graph is the same program there."""
-    batch = context.batches[0]
-    small = {name: value[:, :PROBE_TOKENS] for name, value in batch.items()}
-    checked = graph
-    if batch["input_ids"].shape[1] > 2 * PROBE_TOKENS:
-        probe = Probe(capture(source, small, graph.weights.dtype, graph.weights.device), small)
-        if probe.mirrors(graph):
-            context.probe, checked, batch = probe, probe.graph, small
-        else:
-            context.report.note(
-                "capture", f"traces differently at {PROBE_TOKENS} tokens: checked at full length"
-            )
-    # A second input that the graph was not traced with: frozen values would show.
-    other = {"input_ids": context.batches[-1]["input_ids"].flip(-1)[:, : batch["input_ids"].shape[1]]}
-    checks = check_against_eager(checked, source.module, {"calibration": batch, "reversed": other})
-    context.report.capture = {**asdict(graph.facts[CaptureReport]), "checks": checks}
+def _keep(source: ModelSource, report: Report, kept: Mapping[str, str]) -> None:
+    """Rows for the linears that the graph does not hold: they stay in float."""
+    tensors = dict(named_tensors(source.module))
+    for name, why in kept.items():
+        n, k = tensors[name].shape
+        row = LinearRow(name.removesuffix(".weight"), n, k, "kept", why, no_group=why)
+        report.linears.setdefault(name, row)
 
 
 def _calibration(
@@ -153,7 +154,7 @@ def _default_seq_len() -> int:
     return int(compile.__kwdefaults__["max_calib_seq_len"])
 
 
-def _report(config: QuantConfig, tokens: CalibrationTokens, source: ModelSource) -> Report:
+def _report(config: QuantConfig, tokens: CalibrationInputs, source: ModelSource) -> Report:
     report = Report(config=config.as_dict())
     report.calibration = {
         "source": tokens.source,
@@ -170,7 +171,7 @@ def _report(config: QuantConfig, tokens: CalibrationTokens, source: ModelSource)
     return report
 
 
-def _finish(source: ModelSource, graph: Graph, context: Context, tokens: CalibrationTokens) -> CompiledModel:
+def _finish(source: ModelSource, graph: Graph, context: Context, tokens: CalibrationInputs) -> CompiledModel:
     """Put what the passes left in the graph into the model's modules."""
     lowered, stacks = graph.facts[LoweredLinears], graph.facts[LoweredExperts]
     weights, report = graph.weights, context.report

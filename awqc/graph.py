@@ -130,9 +130,10 @@ class Graph:
     def run(self, inputs: Mapping[str, Tensor], weights: Weights | None = None) -> list[Any]:
         """Execute the whole graph on ``inputs`` by placeholder name; the outputs, flattened."""
         env: Env = {n: inputs[str(n.target)] for n in self.inputs}
-        wanted = [n for n in self.output.all_input_nodes]
-        execute(self.nodes, env, weights or self.weights, keep=wanted)
-        return [env[n] for n in wanted]
+        (results,) = self.output.args  # one node may be several outputs
+        values = weights or self.weights
+        execute(self.nodes, env, values, keep=results)
+        return [values[str(n.target)] if n.op == "get_attr" else env[n] for n in results]
 
     def copy(self, dtype: torch.dtype | None = None) -> Graph:
         """The same nodes on scratch weights (in ``dtype``): changes to either do not reach the other."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from awqc.backend import Backend
+from awqc.calibration import token_batch
 from awqc.capture import capture
 from awqc.checkpoints import open_checkpoint
 from awqc.compiled import Compilation, CompiledModel, assemble
@@ -55,7 +56,7 @@ def load(
         )
     module = skeleton(path)
     vocabulary = next((t.shape[0] for n, t in named_tensors(module) if t.ndim == 2), 2)
-    sample = {"input_ids": (torch.arange(_GRAPH_TOKENS, device=device) % vocabulary)[None]}
+    sample = token_batch((torch.arange(_GRAPH_TOKENS, device=device) % vocabulary)[None], module)
     contents = match_contents(module, checkpoint, sample)
     dense = contents.dense
     stored = [checkpoint.tensors.info(piece.name).dtype for pieces in dense.values() for piece in pieces]

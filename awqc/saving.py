@@ -106,6 +106,8 @@ def _config(model: nn.Module, compilation: Compilation) -> dict[str, Any]:
             "engines load; keep this one with torch.save(model.state_dict(), ...)"
         )
     config.pop("quantization_config", None)
+    if not config.get("architectures"):  # a model built from a config: loaders ask which class it was
+        config["architectures"] = [type(model).__name__]
     return config
 
 

@@ -17,6 +17,8 @@ from awqc.checkpoints import open_checkpoint
 from awqc.disk_names import Piece, disk_names, match_stored, read_pieces
 from awqc.errors import CheckpointError, ConfigError
 
+#: What a model may be for, the most telling first, where its config does not name its class.
+_KINDS = ("ForImageTextToText", "ForCausalLM", "ForSeq2SeqLM", "ForSpeechSeq2Seq", "ForMaskedLM", "")
 #: What modules call to draw initial values.
 _RANDOM = frozenset(
     name
@@ -203,8 +205,7 @@ def skeleton(path: Path) -> nn.Module:
             f"{path} has no config that transformers can read ({error}): give a directory written by "
             "save_pretrained, with config.json and *.safetensors"
         ) from error
-    architecture = next(iter(config.architectures or ()), None)
-    cls = getattr(transformers, architecture or "", None) or transformers.AutoModelForCausalLM
+    cls = _model_class(config)
     # Buffers are small and not all of them are stored in the files, so they are computed for real.
     with init_empty_weights(include_buffers=False), _NoRandomValues():
         build = getattr(cls, "_from_config", None) or cls.from_config
@@ -215,6 +216,16 @@ def skeleton(path: Path) -> nn.Module:
         # Where a chat model ends its turns, among other things.
         module.generation_config = transformers.GenerationConfig.from_pretrained(path)
     return module.eval()
+
+
+def _model_class(config: Any) -> Any:
+    """The class that a config names, or else the one that transformers has for such a config."""
+    import transformers
+
+    architecture = next(iter(config.architectures or ()), "")
+    auto = (getattr(transformers, f"AutoModel{kind}") for kind in _KINDS)
+    known = (cls for cls in auto if type(config) in cls._model_mapping)
+    return getattr(transformers, architecture, None) or next(known, transformers.AutoModelForCausalLM)
 
 
 class _NoRandomValues(TorchFunctionMode):

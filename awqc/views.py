@@ -176,7 +176,16 @@ def _other_readers(node: fx.Node) -> list[fx.Node]:
     weight = node.args[1]
     assert isinstance(weight, fx.Node)
     nodes = [weight, *weight.all_input_nodes]  # the parameter, or its transpose and the parameter
-    return [user for source in nodes for user in source.users if user not in (node, weight)]
+    readers = [user for n in nodes for user in n.users if user not in (node, weight)]
+    return [user for user in readers if not _runs(user, node)]
+
+
+def _runs(reader: fx.Node, node: fx.Node) -> bool:
+    """Whether ``reader`` runs the module whose linear ``node`` stands for, or gives what it reads."""
+    inside = {node, *(n for x in node.all_input_nodes for n in (x, *x.all_input_nodes))}
+    return getattr(reader.target, "runs_module", False) and (
+        reader in inside or node in reader.all_input_nodes
+    )
 
 
 def linear(node: fx.Node) -> Linear | None:

@@ -82,7 +82,7 @@ def capture(
         except CaptureError as error:
             failures.append(error)
             notes.append(f"{name}: {error}")
-    raise failures[-1]
+    raise failures[-1] if failures else CaptureError(f"there is no rung {rung!r} to {purpose} with")
 
 
 def _rungs(subject: Subject, purpose: Purpose, failures: list[CaptureError]) -> Iterator[tuple[str, Rung]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ class Reached(Exception):  # no error: how a replay ends early
         self.arguments = arguments
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Region:
     """One call of a module as a function of tensors.
 
@@ -85,6 +85,8 @@ class Region:
     answers: tuple[tuple[nn.Module, Structure], ...] = ()
     upto: bool = False
     picks: tuple[int, ...] | None = None
+    #: The module holds its linears itself: what replaces them there, it runs.
+    runs_module: ClassVar[bool] = True
 
     def _key(self) -> tuple[Any, ...]:
         return (type(self), self.module, self.path, self.names, self.upto, self.picks, len(self.answers))
@@ -102,6 +104,9 @@ class Region:
     def __name__(self) -> str:
         """How a refusal calls it."""
         return type(self.module).__name__
+
+    def __repr__(self) -> str:
+        return f"{type(self.module).__name__} ({self.path or 'the whole model'})"
 
     def __call__(self, *operands: Any) -> list[Tensor]:
         """Run the module.
@@ -179,7 +184,7 @@ def intercept(module: nn.Module, answer: Callable[[nn.Module, Any, Any], Any]) -
             child.__dict__["forward"] = stand_in(child)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LinearInputs(Region):
     """The inputs of the linears in a region: ``(rows, K)`` for each, no rows if it is not reached.
 

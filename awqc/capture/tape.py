@@ -72,7 +72,9 @@ def _traced(root: nn.Module, originals: list[Tensor], values: list[Tensor], argu
     given = tree_map_only(Tensor, torch.clone, list(arguments.values()))
     with evaluation_mode(root), torch.no_grad(), quick_tracing():
         try:
-            return make_fx(run, tracing_mode="real", pre_dispatch=True)(values, given)
+            # Values that the forward reads are those of this run: that is what makes it a tape.
+            record = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)
+            return record(values, given)
         except Exception as error:
             raise CaptureError(f"{type(root).__name__} cannot be taped: {reason(error)}") from error
 
