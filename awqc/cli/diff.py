@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from awqc.comparison import Comparison, LinearDifference
 
 
+#: What a compile decides; the rest of what may differ follows from it.
+_DECIDED = ("decision", "scheme", "scale", "rounding")
+
+
 def _side(name: str) -> Any:
     return typer.Argument(metavar=name, show_default=False, help="A quantized checkpoint, or a report.")
 
@@ -90,11 +94,11 @@ def _tables(a: Path, b: Path, found: Comparison, full: bool) -> list[Table]:
     for where, names in (("only in A", found.only_a), ("only in B", found.only_b)):
         if names:
             summary.add_row(where, *_one_sided(where, names))
-    decided = {_decided(one) for one in found.linears}
-    if len(decided) == 1 and decided != {""}:
-        summary.add_row("of all that differ", *next(iter(decided)).split(" -> ", 1))
+    common = _common_scheme(found.linears)
+    if common is not None:
+        summary.add_row("scheme where it differs", *common)
     title = f"{len(found.linears):,} of {len(found.linears) + found.same:,} linears differ"
-    return [summary, _rows(found.linears, title, full)]
+    return [summary, _rows(found.linears, title, full, hide="scheme" if common else "")]
 
 
 def _one_sided(where: str, names: list[str]) -> tuple[str, str]:
@@ -102,7 +106,7 @@ def _one_sided(where: str, names: list[str]) -> tuple[str, str]:
     return (text, "") if where.endswith("A") else ("", text)
 
 
-def _rows(linears: list[LinearDifference], title: str, full: bool) -> Table:
+def _rows(linears: list[LinearDifference], title: str, full: bool, hide: str) -> Table:
     from rich.table import Table
 
     from awqc.page.data import mean
@@ -116,9 +120,11 @@ def _rows(linears: list[LinearDifference], title: str, full: bool) -> Table:
     numbers = [*([] if full else ["n"]), "error A", "error B", "change", "size A", "size B"]
     for heading in (*numbers, *(["weights"] if compared else [])):
         table.add_column(heading, justify="right", no_wrap=True)
-    several = len({_decided(one) for one in linears}) > 1
-    if several:
-        table.add_column("decided", overflow="fold")
+    decided = {
+        one.name: [field for field in one.fields if field in _DECIDED and field != hide] for one in linears
+    }
+    if any(decided.values()):
+        table.add_column("also", overflow="fold")
     kinds: dict[str, list[LinearDifference]] = {}
     for one in linears:
         kinds.setdefault(one.name if full else template(one.name), []).append(one)
@@ -131,17 +137,28 @@ def _rows(linears: list[LinearDifference], title: str, full: bool) -> Table:
             _change(members),
             size(sum(one.a.bytes for one in members)),
             size(sum(one.b.bytes for one in members)),
-            *([f"{mean([one.weights for one in members]) or 0.0:.1%}"] if compared else []),
-            *(["; ".join(dict.fromkeys(filter(None, map(_decided, members))))] if several else []),
+            *([_percent(mean([one.weights for one in members]))] if compared else []),
+            *([_also(members, decided, full)] if any(decided.values()) else []),
         )
     return table
 
 
-def _decided(one: LinearDifference) -> str:
-    """What was decided differently: ``W4 g128 asym -> W3 g128 asym``."""
-    fields = [name for name in one.fields if name in ("decision", "scheme", "rounding")]
-    first, second = (", ".join(getattr(state, name) or "none" for name in fields) for state in (one.a, one.b))
-    return f"{first} -> {second}" if fields else ""
+def _common_scheme(linears: list[LinearDifference]) -> tuple[str, str] | None:
+    """The schemes of both sides, if all linears whose scheme differs have these."""
+    schemes = {(one.a.scheme or "none", one.b.scheme or "none") for one in linears if "scheme" in one.fields}
+    return schemes.pop() if len(schemes) == 1 else None
+
+
+def _also(members: list[LinearDifference], decided: dict[str, list[str]], full: bool) -> str:
+    """What was decided differently: names of it, or with both values."""
+    if not full:
+        return ", ".join(dict.fromkeys(field for one in members for field in decided[one.name]))
+    pairs = [(getattr(one.a, field), getattr(one.b, field)) for one in members for field in decided[one.name]]
+    return ", ".join(f"{a or 'none'} -> {b or 'none'}" for a, b in pairs)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _change(members: list[LinearDifference]) -> str:

@@ -27,7 +27,7 @@ def test_two_checkpoints(checkpoint: Path, other: Path, invoke: Invoke) -> None:
     lines = result.stdout.splitlines()
     assert "14 of 15 linears differ" in result.stdout
     assert [line.split() for line in lines if line.startswith("bits")] == [["bits", "4", "3"]]
-    (all_of,) = [line for line in lines if line.startswith("of all that differ")]
+    (all_of,) = [line for line in lines if line.startswith("scheme where it differs")]
     assert "W4 g32 asym" in all_of
     assert "W3 g32 asym" in all_of
     assert sum(line.startswith("model.layers.*.") for line in lines) == 7
@@ -45,6 +45,13 @@ def test_every_linear_has_a_row(checkpoint: Path, other: Path, invoke: Invoke) -
         assert 0 < one["weights"] < 1
     full = invoke("diff", checkpoint, other, "--full", "--weights").stdout
     assert sum(line.startswith("model.layers.1") for line in full.splitlines()) == 7
+
+
+def test_nothing_differs(checkpoint: Path, invoke: Invoke) -> None:
+    result = invoke("diff", checkpoint, checkpoint, "--weights")
+    assert result.exit_code == 0, result.stderr
+    assert "0 of 15 linears differ" in result.stdout
+    assert "model.layers" not in result.stdout
 
 
 def test_a_checkpoint_and_its_own_report(checkpoint: Path, invoke: Invoke) -> None:
