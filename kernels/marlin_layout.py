@@ -49,7 +49,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tenso
     Args:
         codes: ``(N, K)`` uint8 below 16.
         scales: ``(N, G)`` float16 or bfloat16.
-        zeros: ``(N, G)`` integers below 256.
+        zeros: ``(N, G)`` integers, at most 16.
         group_size: with a :func:`kernel_group`.
     """
     n, k = codes.shape

@@ -3,7 +3,8 @@
 One packed weight (:mod:`awqc.kernels.marlin_layout`) serves every number of tokens M:
 
 * small M: ``marlin_small.cu`` streams the packed weight once for every 16 tokens, bound by memory;
-* on Hopper, larger M: ``marlin_wide.cu`` dequantizes in registers, in front of the tensor cores;
+* on Hopper, larger M: ``marlin_wide.cu`` dequantizes in registers, in front of the tensor cores, and
+  ``marlin_pair.cu`` likewise where rows are few;
 * large M: the weight is written out dense (``marlin_dequantize.cu``) and the matrix product is cuBLAS's.
 
 Sums are taken in float32, in an order that the shape alone decides: the same input gives the same bits.
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
-from awqc.kernels import marlin_stream, marlin_wide
+from awqc.kernels import marlin_pair, marlin_stream, marlin_wide
 from awqc.kernels.cuda_launch import kernel
 from awqc.kernels.marlin_stream import has_bulk_copies
 from awqc.kernels.qlinear import LIBRARY
@@ -58,7 +59,12 @@ def qlinear_marlin(
     if tokens <= STREAMED_TOKENS[hopper]:
         out = marlin_stream.multiply(*arguments)
     elif hopper and tokens <= WIDE_TOKENS:
-        out = marlin_wide.multiply(*arguments)
+        row_blocks, columns = packed.shape[:2]
+        tiling = marlin_pair.plan(row_blocks, columns, tokens, group, x.device)
+        if tiling is None:
+            out = marlin_wide.multiply(*arguments)
+        else:
+            out = marlin_pair.multiply(tiling, *arguments)
     else:
         weight = dequantize(packed, out_features, x.shape[-1], group, bfloat16_scales, dtype)
         out = F.linear(rows, weight, bias)
@@ -121,7 +127,8 @@ class Marlin:
 
         Args:
             codes: ``(N, K)`` uint8 below ``2 ** bits``.
-            scales, zeros: ``(N, G)``; scales that are neither float16 nor bfloat16 are rounded to float16.
+            scales: ``(N, G)``; rounded to float16 if they are neither that nor bfloat16.
+            zeros: ``(N, G)``, at most 16.
             bias: ``(N,)`` or None.
             bits: at most 4.
             group_size: of the codes.

@@ -76,6 +76,15 @@ def test_random_shapes(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     marlin_stream.stream.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "tokens"), [(4096, 1024, 40), (4000, 520, 100), (1024, 4096, 128)])
+def test_shapes_of_as_many_pairs_as_processors(n: int, k: int, tokens: int, dtype: torch.dtype) -> None:
+    x, expected, operands = problem(n, k, 128 if k % 128 == 0 else 64, True, tokens, dtype, n)
+    found = Marlin.op(x, *operands)
+    assert_close(found, expected, (n, k, tokens))
+    assert torch.equal(found, Marlin.op(x, *operands))
+
+
 def test_inputs_of_any_strides_and_alignment() -> None:
     x, expected, operands = problem(64, 256, 128, True, 4, torch.float16, 0)
     shifted = torch.empty(4 * 256 + 1, dtype=x.dtype, device="cuda")[1:].view(4, 256).copy_(x)

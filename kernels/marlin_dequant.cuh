@@ -1,0 +1,71 @@
+// What the wgmma kernels share: the descriptor of swizzled activations, and weights dequantized into the registers of
+// the first operand.
+constexpr int SET = 4;  // steps of 16 channels that are dequantized, then multiplied: half a stage
+constexpr int SET_GROUPS = GROUP == 32 ? 2 : 1;
+
+// Matrix descriptor of activations at `address`: rows of 128 bytes, swizzled by 128 bytes, groups of 8 rows 1024 apart.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+  return u64((address & 0x3FFFF) >> 4) | u64(1) << 16 | u64(64) << 32 | u64(1) << 62;
+}
+
+__device__ __forceinline__ u32 subtract2(u32 a, u32 b) {
+  u32 out;
+#if BF16
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+#else
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+#endif
+  return out;
+}
+
+__device__ __forceinline__ u32 multiply2(u32 a, u32 b) {
+  u32 out;
+#if BF16
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+#else
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+#endif
+  return out;
+}
+
+// A number in both halves of a register, in the dtype of the activations.
+__device__ __forceinline__ u32 twice(float value) { return from_float(value) * 0x10001u; }
+
+// 16 + z in both halves of a register, for z up to 16: like 16 + q, put together from its bits.
+__device__ __forceinline__ u32 sixteen_and(u32 z) { return BF16 ? 0x41804180u + z * 0x80008u : 0x4C004C00u + z * 0x400040u; }
+
+// A lane's part of a set as it is stored.
+struct Packed {
+  uint4 words;
+  u32 scales[SET_GROUPS], zeros[SET_GROUPS];
+
+  __device__ __forceinline__ void load(const u8* strip, int half, int lane) {
+    words = reinterpret_cast<const uint4*>(strip)[half * 32 + lane];
+#pragma unroll
+    for (int g = 0; g < SET_GROUPS; ++g) {
+      const int pair = (half * SET / TILES + g) * 8 + (lane >> 2);
+      scales[g] = reinterpret_cast<const u32*>(strip + SCALES)[pair];
+      zeros[g] = reinterpret_cast<const u16*>(strip + ZEROS)[pair];
+    }
+  }
+
+  // As (q - z) s. The difference is exact; the product is rounded once.
+  __device__ __forceinline__ void dequantize(u32 (&a)[SET][4]) const {
+    u32 scale[2], offset[2];
+#pragma unroll
+    for (int s = 0; s < SET; ++s) {
+      if (s % TILES == 0) {
+        const u32 pair = scales[s / TILES], zero = zeros[s / TILES];
+#if BF16 == SCALE_BF16
+        scale[0] = (pair & 0xFFFFu) * 0x10001u, scale[1] = (pair >> 16) * 0x10001u;
+#else
+        scale[0] = twice(scale_to_float(u16(pair))), scale[1] = twice(scale_to_float(u16(pair >> 16)));
+#endif
+        offset[0] = sixteen_and(zero & 255u), offset[1] = sixteen_and(zero >> 8);
+      }
+      unpack(a[s], s == 0 ? words.x : s == 1 ? words.y : s == 2 ? words.z : words.w);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[s][i] = multiply2(subtract2(a[s][i], offset[i & 1]), scale[i & 1]);
+    }
+  }
+};

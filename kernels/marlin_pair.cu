@@ -1,0 +1,111 @@
+// y = W x + bias for many tokens and few rows, on Hopper's wgmma: like marlin_wide.cu, with 64 rows to a cluster of two
+// blocks. The blocks have a half of the channels each; of every 128 of those, the two warpgroups of a block multiply
+// 64 each. The four sums meet in shared memory, in their order, so no second launch has to join them. Macros: those of
+// marlin_block.cuh, TOKENS (32, 64, 128 or 256), STAGES.
+#include "marlin_block.cuh"
+#include "marlin_bulk.cuh"
+#include "marlin_dequant.cuh"
+#include "marlin_wgmma.cuh"
+
+constexpr int ROWS = 64;
+constexpr int BLOCK_BYTES = 4 * STRIP_BYTES;
+constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels
+constexpr int STAGE_BYTES = 2 * X_HALF + (BLOCK_BYTES + 1023) / 1024 * 1024;
+constexpr int CONSUMERS = 256;
+constexpr int COPIERS = 3;  // one for the weights and one for each half of the activations
+constexpr int OWN_TOKENS = TOKENS / 2;  // that a block sums in the end
+
+extern __shared__ __align__(1024) u8 shared[];
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
+    pair(const __grid_constant__ TensorMap x_map, u16* __restrict__ y, const u8* __restrict__ packed,
+         const u16* __restrict__ bias, int tokens, int n, int k_blocks, int token_tiles) {
+  const int rank = blockIdx.x & 1, tile = blockIdx.x >> 1;
+  const int token0 = tile % token_tiles * TOKENS, block = tile / token_tiles;
+  const int k0 = rank * k_blocks / 2, steps = (rank + 1) * k_blocks / 2 - k0;
+  const u32 base = (shared_address(shared) + 1023) & ~1023u;
+  u8* ring = shared + (base - shared_address(shared)) + 1024;
+  const u32 full = base, empty = base + 8 * STAGES;
+
+  if (threadIdx.x == CONSUMERS) {
+    for (int i = 0; i < STAGES; ++i) {
+      init_barrier(full + 8 * i, COPIERS);
+      init_barrier(empty + 8 * i, CONSUMERS / 32);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  asm volatile("griddepcontrol.launch_dependents;");
+
+  if (threadIdx.x >= CONSUMERS) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    const int copier = (threadIdx.x - CONSUMERS) >> 5;
+    if (threadIdx.x & 31 || copier == COPIERS) return;
+    const u32 bytes = copier ? X_HALF : BLOCK_BYTES;
+    const u32 to = shared_address(ring) + (copier ? (copier - 1) * X_HALF : 2 * X_HALF);
+    const u8* from = packed + (long(block) * k_blocks + k0) * BLOCK_BYTES;
+    if (copier) asm volatile("griddepcontrol.wait;" ::: "memory");
+    int slot = 0;
+    u32 parity = 1;  // the first round of stages is free
+    for (int step = 0; step < steps; ++step) {
+      const u32 barrier = full + 8 * slot;
+      wait(empty + 8 * slot, parity);
+      expect(barrier, bytes);
+      if (copier)
+        copy_tensor(to + slot * STAGE_BYTES, &x_map, (k0 + step) * 128 + (copier - 1) * 64, token0, barrier);
+      else
+        copy_bulk(to + slot * STAGE_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES, barrier);
+      if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");  // what the block was launched with, less those 40
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    const int half = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
+    const int own = 2 * X_HALF + warp * STRIP_BYTES;
+    float acc[TOKENS / 2];
+    u32 a[SET][4];
+    Packed next;
+    int slot = 0;
+    u32 parity = 0;
+    wait(full, 0);
+    next.load(ring + own, half, lane);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const u64 x = descriptor(shared_address(ring + slot * STAGE_BYTES) + half * X_HALF);
+      const int done = slot;
+      next.dequantize(a);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+      for (int s = 0; s < SET; ++s) wgmma(acc, a[s], x + s * 2, step || s);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      if (++slot == STAGES) slot = 0, parity ^= 1;
+      if (step + 1 < steps) {
+        wait(full + 8 * slot, parity);
+        next.load(ring + slot * STAGE_BYTES + own, half, lane);
+      }
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      if (lane == 0) arrive(empty + 8 * done);
+    }
+
+    // Each block sums half of the tokens: sums[where they come from][row][token].
+    constexpr int STRIDE = OWN_TOKENS + 2;
+    float* sums = reinterpret_cast<float*>(ring);
+    cluster_barrier();
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i += 2) {
+      const int row = warp * 16 + (i >> 1 & 1) * 8 + (lane >> 2), token = i / 4 * 8 + (lane & 3) * 2;
+      store2_at_rank(sums + ((rank * 2 + half) * ROWS + row) * STRIDE + token % OWN_TOKENS, token / OWN_TOKENS, acc[i],
+                     acc[i + 1]);
+    }
+    cluster_barrier();
+    const int first = token0 + rank * OWN_TOKENS, end = min(OWN_TOKENS, tokens - first) * ROWS;
+#pragma unroll 4
+    for (int e = threadIdx.x; e < end; e += CONSUMERS) {
+      const int token = e / ROWS, row = block * 64 + e % ROWS;
+      float sum = 0.f;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum += sums[(c * ROWS + e % ROWS) * STRIDE + token];
+      if (row < n) y[long(first + token) * n + row] = from_float(bias ? sum + to_float(bias[row]) : sum);
+    }
+  }
+}

@@ -1,0 +1,131 @@
+"""A quantized linear for many tokens and few rows on Hopper: ``marlin_pair.cu``, two blocks to 64 rows."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from awqc.kernels import marlin_layout as layout
+from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
+from awqc.kernels.marlin_stream import aligned
+from awqc.kernels.marlin_wide import TILE_TOKENS
+
+#: Threads of a block: two warpgroups that multiply, and one that copies.
+_THREADS = 384
+#: Bytes at the start of a block's shared memory: for its alignment, and for its barriers.
+_BARRIERS = 2048
+#: Blocks of 128 channels beyond which a second launch that joins sums costs less than 64-row tiles do.
+_MOST_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class PairTiling:
+    """How ``marlin_pair.cu`` cuts a product; the names are those of its macros.
+
+    Args:
+        tokens: of a tile.
+        stages: of 128 channels in flight.
+    """
+
+    tokens: int
+    stages: int
+
+    def blocks(self, row_blocks: int, tokens: int) -> int:
+        """Blocks of the grid for ``row_blocks`` blocks of 64 rows."""
+        return 2 * row_blocks * -(-tokens // self.tokens)
+
+    def shared_bytes(self, group: int) -> int:
+        """Shared memory of a block: barriers and the ring, which becomes the sums."""
+        weights = layout.STRIPS * layout.strip_bytes(group)
+        stage = self.tokens * 2 * layout.CHANNELS + -(-weights // 1024) * 1024
+        sums = 4 * layout.ROWS * (self.tokens // 2 + 2) * 4
+        return _BARRIERS + max(self.stages * stage, sums)
+
+
+def tile(
+    row_blocks: int, columns: int, tokens: int, group: int, processors: int, limit: int
+) -> PairTiling | None:
+    """How to cut the product of a weight of ``row_blocks`` by ``columns`` blocks with ``tokens`` tokens; None
+    where this kernel is not the one to take.
+
+    It is where its blocks are as many as the processors: on an H200 (docs/kernels.md) 8-35% faster then than
+    longer tiles whose channels are split further and joined by a second launch.
+
+    Args:
+        processors: multiprocessors of the device.
+        limit: bytes of shared memory that a block may have.
+    """
+    if not 2 <= columns <= _MOST_COLUMNS:
+        return None
+    for size in TILE_TOKENS[:-1]:
+        for stages in (8, 7, 6, 5, 4, 3, 2):
+            tiling = PairTiling(size, stages)
+            if tiling.shared_bytes(group) <= limit:
+                break
+        if processors * 3 // 4 <= tiling.blocks(row_blocks, tokens) <= processors:
+            return tiling
+    return None
+
+
+@functools.cache
+def plan(row_blocks: int, columns: int, tokens: int, group: int, device: torch.device) -> PairTiling | None:
+    """The tiling for ``tokens`` tokens on ``device``, or None: see :func:`tile`."""
+    properties = torch.cuda.get_device_properties(device)
+    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return tile(row_blocks, columns, tokens, group, properties.multi_processor_count, limit)
+
+
+@functools.cache
+def pair(
+    tiling: PairTiling, group: int, dtype: torch.dtype, bfloat16_scales: bool, device: torch.device
+) -> CudaKernel:
+    """The kernel for ``tiling``, compiled and loaded."""
+    return kernel(
+        "marlin_pair.cu",
+        "pair",
+        "128sPPPiiii",
+        device,
+        shared=tiling.shared_bytes(group),
+        cluster=2,
+        dependent=True,
+        BF16=int(dtype == torch.bfloat16),
+        SCALE_BF16=int(bfloat16_scales),
+        GROUP=group,
+        TOKENS=tiling.tokens,
+        STAGES=tiling.stages,
+    )
+
+
+def multiply(
+    tiling: PairTiling,
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group: int,
+    bfloat16_scales: bool,
+) -> Tensor:
+    """``rows @ W.T + bias`` for ``rows`` ``(M, K)`` float16 or bfloat16, contiguous; ``(M, n)``.
+
+    Args:
+        tiling: of :func:`plan`.
+        packed, group, bfloat16_scales: of :func:`awqc.kernels.qlinear_marlin.qlinear_marlin`.
+        bias: ``(n,)`` of the dtype of ``rows``, or None.
+    """
+    rows = aligned(rows)
+    tokens = rows.shape[0]
+    row_blocks, columns = packed.shape[:2]
+    out = rows.new_empty(tokens, n)
+    pair(tiling, group, rows.dtype, bfloat16_scales, rows.device).launch(
+        (tiling.blocks(row_blocks, tokens),),
+        (_THREADS,),
+        (
+            tensor_map(rows, tiling.tokens, 64),
+            *(out.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr()),
+            *(tokens, n, columns, -(-tokens // tiling.tokens)),
+        ),
+    )
+    return out
