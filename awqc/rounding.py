@@ -9,6 +9,7 @@ in any order without an index: most active first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,23 +72,35 @@ class ColumnGrid:
             scales = scales / columns.T[order]
         return ColumnGrid(scales, zeros, grid.scheme.levels)
 
+    @staticmethod
+    def stack(grids: Sequence[ColumnGrid]) -> ColumnGrid:
+        """The grids of E weights, ``(K, E, N)``."""
+        scales, zeros = (torch.stack([getattr(g, part) for g in grids], 1) for part in ("scales", "zeros"))
+        return ColumnGrid(scales, zeros, grids[0].levels)
+
 
 def compensated_codes(weight: Tensor, grid: ColumnGrid, factor: Tensor, order: Tensor) -> Tensor:
-    """Codes of ``weight`` ``(N, K)`` with error compensation.
+    """Codes of ``weight`` ``(N, K)`` with error compensation; or of E weights ``(E, N, K)`` at once, in as
+    many steps as one takes.
 
     Args:
         weight: float32; not changed.
         grid: what the codes stand for.
-        factor: from :func:`feedback` for the same ``order``.
-        order: ``(K,)`` the order in which columns are rounded.
+        factor: ``(K, K)`` from :func:`feedback` for the same ``order``, or ``(E, K, K)``.
+        order: ``(K,)`` the order in which columns are rounded, or ``(E, K)``.
 
     Returns:
-        ``(K, N)`` float codes in ``[0, levels - 1]``, in the order of visits.
+        ``(K, N)`` or ``(K, E, N)`` float codes in ``[0, levels - 1]``, in the order of visits.
     """
     # Columns become contiguous rows, so that each step touches one run of memory.
-    target = weight.T[order]
+    several = weight.ndim == 3
+    if several:
+        target = weight.gather(2, order[:, None].expand_as(weight)).movedim(-1, 0).contiguous()
+    else:
+        target = weight.T[order]
     wanted, codes = target.clone(), torch.empty_like(target)
-    errors = torch.empty(_BLOCK, target.shape[1], dtype=target.dtype, device=target.device)
+    errors = torch.empty(_BLOCK, *target.shape[1:], dtype=target.dtype, device=target.device)
+    pull = factor.movedim(0, -1).unsqueeze(-1) if several else factor  # (K, K, E, 1)
     top, width = float(grid.levels - 1), target.shape[0]
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
@@ -96,9 +109,14 @@ def compensated_codes(weight: Tensor, grid: ColumnGrid, factor: Tensor, order: T
             torch.div(wanted[i], scale, out=code).round_().add_(zero).clamp_(0.0, top)
             torch.sub(code, zero, out=error).mul_(scale)
             torch.sub(target[i], error, out=error)
-            if i + 1 < end:
-                wanted[i + 1 : end].addr_(factor[i, i + 1 : end], error)
-        if end < width:
+            if i + 1 < end and several:
+                wanted[i + 1 : end].addcmul_(pull[i, i + 1 : end], error)
+            elif i + 1 < end:
+                wanted[i + 1 : end].addr_(pull[i, i + 1 : end], error)
+        if end < width and several:
+            rest, by = wanted[end:].transpose(0, 1), errors[: end - start].transpose(0, 1)
+            rest.baddbmm_(factor[:, start:end, end:].mT, by)
+        elif end < width:
             wanted[end:].addmm_(factor[start:end, end:].T, errors[: end - start])
     return codes
 

@@ -7,7 +7,7 @@ lowers the error on held-out tokens, each expert by its own. Without it in the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
-from awqc.input_statistics import InputStatistics
 from awqc.loss import GATE_ROWS, output_loss
 from awqc.matrices import apart, matrices
 from awqc.pipeline import Pass
@@ -28,6 +27,10 @@ from awqc.stages import Observer
 from awqc.statistics import Statistics
 from awqc.views import ExpertLinear, Linear
 from awqc.weights import Rounded
+
+#: Elements of experts' weights, or of their Gram matrices, that are handled at once; some six copies of them
+#: are needed.
+_ELEMENTS = 1 << 26
 
 
 class _Rounded(NamedTuple):
@@ -76,17 +79,24 @@ class RoundWeights(Pass):
         found: dict[str, list[_Rounded]] = {view.parameter: [] for view in views}
         grids = {v.parameter: apart(v, chosen[v.parameter]) for v in views if v.parameter in chosen}
         # What reads the same input is rounded as one: the work of a step is per column.
-        for index, group in enumerate(zip(*map(matrices, views), strict=True)):
-            weights = [matrix.weight(graph.weights) for matrix in group]
-            on = [
+        groups = list(zip(*map(matrices, views), strict=True))
+        weights = [[matrix.weight(graph.weights) for matrix in group] for group in groups]
+        on = [
+            [
                 grids[matrix.parameter][index]
                 if matrix.parameter in grids
                 else minmax_grid(weight, schemes[matrix.parameter])
-                for matrix, weight in zip(group, weights, strict=True)
+                for matrix, weight in zip(group, weights[index], strict=True)
             ]
-            statistics = graph.facts[Statistics].of(observer.node, group[0])
-            for matrix, rounded in zip(group, self._rounded(weights, on, statistics), strict=True):
-                found[matrix.parameter].append(rounded)
+            for index, group in enumerate(groups)
+        ]
+        statistics = [graph.facts[Statistics].of(observer.node, group[0]) for group in groups]
+        compensated = self._compensated(weights, on, [each.gram for each in statistics])
+        for index, group in enumerate(groups):
+            held_out = statistics[index].held_out
+            for i, matrix in enumerate(group):
+                codes = compensated[index][i] if compensated else None
+                found[matrix.parameter].append(_better(weights[index][i], on[index][i], codes, held_out))
         for view in views:
             each, row = found[view.parameter], context.report.linears[view.parameter]
             row.scheme = str(schemes[view.parameter])
@@ -96,34 +106,48 @@ class RoundWeights(Pass):
             weight = stack([one.weight for one in each]) if isinstance(view, ExpertLinear) else each[0].weight
             graph.weights[view.parameter] = Rounded(weight, view.transposed)
 
-    def _rounded(
-        self, weights: list[Tensor], grids: list[Grid], statistics: InputStatistics
-    ) -> Iterator[_Rounded]:
-        """Each of ``weights`` ``(N, K)`` on its grid, the better way on held-out tokens."""
-        compensated = self._compensated(weights, grids, statistics) if self.method == "compensated" else None
-        for i, (weight, grid) in enumerate(zip(weights, grids, strict=True)):
-            rows, sample = sample_rows(weight, GATE_ROWS), grid.sample(GATE_ROWS)
-            error = float(output_loss(sample.nearest(rows) - rows, statistics.held_out))
-            if compensated is not None:
-                chosen_rows = sample.decode(sample_rows(compensated[i], GATE_ROWS))
-                improved = float(output_loss(chosen_rows - rows, statistics.held_out))
-                if improved < error:
-                    yield _Rounded(from_codes(compensated[i], grid), improved, "compensated")
-                    continue
-            yield _Rounded(from_codes(grid.encode(weight), grid), error, "nearest")
-
     def _compensated(
-        self, weights: list[Tensor], grids: list[Grid], statistics: InputStatistics
+        self, weights: list[list[Tensor]], grids: list[list[Grid]], grams: list[Tensor]
+    ) -> list[list[Tensor]]:
+        """Codes ``(N, K)`` of every weight, from one run over the columns of all that share a Gram matrix and
+        of some experts at a time; nothing if rounding is to the nearest."""
+        if self.method == "nearest":
+            return []
+        joined = [torch.cat(together) for together in weights]
+        at_once = max(1, _ELEMENTS // (joined[0].shape[1] * max(joined[0].shape)))
+        found = []
+        for start in range(0, len(joined), at_once):
+            chunk = range(start, min(start + at_once, len(joined)))
+            orders = [visiting_order(grams[e]) for e in chunk]
+            factors = [feedback(grams[e], order) for e, order in zip(chunk, orders, strict=True)]
+            columns = [ColumnGrid.of(join(grids[e]), order) for e, order in zip(chunk, orders, strict=True)]
+            codes = self._codes([joined[e] for e in chunk], columns, factors, orders)
+            for i, e in enumerate(chunk):
+                for _ in range(self.sweeps):
+                    codes[i] = descend(codes[i], joined[e], columns[i], grams[e], orders[i])
+                found.append(list(in_place(codes[i], orders[i]).split([len(w) for w in weights[e]])))
+        return found
+
+    def _codes(
+        self, weights: list[Tensor], columns: list[ColumnGrid], factors: list[Tensor], orders: list[Tensor]
     ) -> list[Tensor]:
-        """Codes ``(N, K)`` of every weight, from one run over the columns of all of them."""
-        order = visiting_order(statistics.gram)
-        factor = feedback(statistics.gram, order)
-        weight = torch.cat(weights)
-        columns = ColumnGrid.of(join(grids), order)
-        codes = compensated_codes(weight, columns, factor, order)
-        for _ in range(self.sweeps):
-            codes = descend(codes, weight, columns, statistics.gram, order)
-        return list(in_place(codes, order).split([len(w) for w in weights]))
+        if len(weights) == 1:
+            return [compensated_codes(weights[0], columns[0], factors[0], orders[0])]
+        grid = ColumnGrid.stack(columns)
+        codes = compensated_codes(torch.stack(weights), grid, torch.stack(factors), torch.stack(orders))
+        return list(codes.unbind(1))
+
+
+def _better(weight: Tensor, grid: Grid, compensated: Tensor | None, held_out: Tensor) -> _Rounded:
+    """``weight`` ``(N, K)`` on its grid by the way of rounding that does better on held-out tokens."""
+    rows, sample = sample_rows(weight, GATE_ROWS), grid.sample(GATE_ROWS)
+    error = float(output_loss(sample.nearest(rows) - rows, held_out))
+    if compensated is not None:
+        chosen_rows = sample.decode(sample_rows(compensated, GATE_ROWS))
+        improved = float(output_loss(chosen_rows - rows, held_out))
+        if improved < error:
+            return _Rounded(from_codes(compensated, grid), improved, "compensated")
+    return _Rounded(from_codes(grid.encode(weight), grid), error, "nearest")
 
 
 def join(grids: list[Grid]) -> Grid:

@@ -184,3 +184,24 @@ def test_neither_changes_what_it_is_given() -> None:
     descend(codes, weight, ColumnGrid.of(grid, order), gram, order)
     assert torch.equal(codes, before)
     assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
+
+
+def test_several_weights_at_once_are_rounded_as_each_alone() -> None:
+    """In float64, where sums in another order move no code; more columns than fit one block."""
+    generator = torch.Generator().manual_seed(9)
+    count, rows, width = 3, 6, 80
+    weights = torch.randn(count, rows, width, generator=generator).double()
+    x = torch.randn(count, 200, width, generator=generator).double()
+    grams = x.mT @ x
+    orders = [visiting_order(gram) for gram in grams]
+    factors = [feedback(gram, order) for gram, order in zip(grams, orders, strict=True)]
+    columns = [
+        ColumnGrid.of(minmax_grid(weight, Scheme(3, 16)), order)
+        for weight, order in zip(weights, orders, strict=True)
+    ]
+    before = weights.clone()
+    found = compensated_codes(weights, ColumnGrid.stack(columns), torch.stack(factors), torch.stack(orders))
+    assert torch.equal(weights, before)
+    assert found.shape == (width, count, rows)
+    for i in range(count):
+        assert torch.equal(found[:, i], compensated_codes(weights[i], columns[i], factors[i], orders[i]))

@@ -12,10 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.grids import Grids
+from awqc.loss import output_loss
 from awqc.passes.clip_weights import ClipWeights
 from awqc.passes.round_weights import RoundWeights
 from awqc.quantized import Grid, Scheme, minmax_grid, quantize
 from awqc.report import LinearRow
+from awqc.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
 from awqc.schemes import Schemes
 from awqc.statistics import Statistics
 from tests.mixtures import EXPERTS
@@ -169,8 +171,18 @@ def test_each_expert_is_rounded_by_its_own_tokens() -> None:
         stage, node = next((s, n) for s in statistics for n in s.by_expert if _reader(s, n) == name)
         for expert in range(EXPERTS):
             own = stage.by_expert[node][expert]
-            alone = next(RoundWeights()._rounded([weight[expert]], [_of(grid, expert)], own))
-            assert torch.equal(alone.weight.codes, rounded.weight.codes[expert])
+            order = visiting_order(own.gram)
+            columns = ColumnGrid.of(_of(grid, expert), order)
+            codes = compensated_codes(weight[expert], columns, feedback(own.gram, order), order)
+            nearest, compensated = (
+                float(output_loss(_of(grid, expert).decode(c) - weight[expert], own.held_out))
+                for c in (_of(grid, expert).encode(weight[expert]), in_place(codes, order))
+            )
+            found = rounded.weight.codes[expert].float()
+            if compensated < nearest:
+                assert torch.equal(found, in_place(codes, order))
+            else:
+                assert torch.equal(found, _of(grid, expert).encode(weight[expert]))
         row = context.report.linears[name]
         assert row.error is not None
         assert row.nearest_error is not None
