@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from awqc.graph import Env, Graph
-from awqc.views import ExpertLinear, dtype, expert_linears, linear, operand, shape
+from awqc.views import ExpertLinear, expert_linears, linear, operand, shape
 
 aten = torch.ops.aten
 
@@ -77,9 +77,9 @@ class Rerouting:
     def rows(self, sample: Env, evaluate: Evaluate) -> Iterator[tuple[int, Tensor]]:
         """Every expert with its rows ``(tokens, K)`` of one sample, whose live values are ``sample``."""
         known = {node: value for node, value in sample.items() if node not in self._after}
-        size = shape(self.chosen)
+        size, device = shape(self.chosen), self.chosen.meta["val"].device
         for first in range(0, self.view.count, size[-1]):
-            experts = torch.arange(first, first + size[-1], dtype=dtype(self.chosen)) % self.view.count
+            experts = torch.arange(first, first + size[-1], device=device) % self.view.count
             values = evaluate(self.wanted, {**known, self.chosen: experts.expand(size).clone()})
             rows = self.view.rows(*(values[node] for node in self.wanted))
             # The last round names some experts again.
