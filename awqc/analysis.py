@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from awqc.calibration import example_inputs, token_batch
 from awqc.capture import CaptureReport, capture, other_inputs
+from awqc.capture.roots import arguments_of, check_root
 from awqc.config import QuantConfig
 from awqc.context import Context
 from awqc.driver import analysis_pipeline
 from awqc.errors import ConfigError
+from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.groups import ScaleGroup, ScaleGroups, random_scales
+from awqc.pipeline import Pipeline
 from awqc.proof import prove
 from awqc.source import aliases, from_module, named_tensors, skeleton
 from awqc.weights import Weights
@@ -81,23 +86,40 @@ class Analysis:
                 tensors[name].copy_(value)
 
 
-def analyze(model: nn.Module | str | Path, inputs: Mapping[str, Tensor] | Tensor) -> Analysis:
+def analyze(
+    model: nn.Module | str | Path, inputs: Mapping[str, Any] | Tensor | None = None, *, root: str = ""
+) -> Analysis:
     """Capture and scale flow alone: no calibration, no weights needed.
 
     Args:
         model: a module, also one on ``meta``, or a directory (only its config is read).
-        inputs: example inputs by argument name, or ``input_ids`` ``(batch, tokens)``.
+        inputs: example inputs by argument name, or token ids ``(batch, tokens)``; made up from the model's
+            config if left out.
+        root: submodule to look at, with what the model calls it with; the whole model if empty.
 
     Raises:
-        CaptureError: if the model cannot be traced, or the graph differs from eager execution.
+        CaptureError: if the model does not run on its inputs.
+        ConfigError: if it has no submodule ``root``, or its config does not say what it reads.
     """
     source = from_module(model if isinstance(model, nn.Module) else skeleton(Path(model)))
-    batch = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    checks = {"inputs": batch, "reversed": other_inputs(batch)} if source.has_values else None
-    graph = capture(source, batch, None, checks=checks, purpose="analyze")
-    analysis_pipeline().run(graph, Context(QuantConfig()))
+    batch = example_inputs(source.module) if inputs is None else inputs
+    batch = token_batch(batch, source.module) if isinstance(batch, Tensor) else dict(batch)
+    check_root(source.module, root)
+    weights = Weights(source.names(), source.read, None, "cpu", aliases(source.module))
+    given, other = arguments_of(source, root, [batch, other_inputs(batch)], weights)
+    checks = {"inputs": given, "reversed": other} if source.has_values else None
+    graph = capture(source, given, None, root=root, checks=checks, purpose="analyze")
+    pipeline = analysis_pipeline()
+    pipeline.run(graph, Context(QuantConfig()), _flags(pipeline))
     found = graph.facts[ScaleGroups]
     linears: dict[str, ScaleGroup | str] = dict(found.refusals)
     for group in found:
         linears.update(dict.fromkeys(group.linears, group))
     return Analysis(found.groups, linears, graph.facts[CaptureReport], graph)
+
+
+def _flags(pipeline: Pipeline) -> Flags:
+    """The flags of the environment, without the names of passes that only a compile has."""
+    flags = Flags.from_environment()
+    elsewhere = set(Pipeline.default().names()) - set(pipeline.names())
+    return replace(flags, skip=flags.skip - elsewhere, dump=flags.dump - elsewhere)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from awqc.errors import CheckpointError, ConfigError
 
 #: What a model may be for, the most telling first, where its config does not name its class.
 _KINDS = ("ForImageTextToText", "ForCausalLM", "ForSeq2SeqLM", "ForSpeechSeq2Seq", "ForMaskedLM", "")
+#: Elements of a tensor that is too large to be made only to be thrown away.
+_LARGE = 1 << 24
 #: What modules call to draw initial values.
 _RANDOM = frozenset(
     name
@@ -229,7 +232,8 @@ def _model_class(config: Any) -> Any:
 
 
 class _NoRandomValues(TorchFunctionMode):
-    """Drawing random values for a tensor without storage does nothing: torch takes milliseconds for it."""
+    """Drawing random values for a tensor without storage does nothing: torch takes milliseconds for it.
+    Large memory without values is not even asked for: it is a parameter's, and goes to ``meta`` anyway."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -239,6 +243,10 @@ class _NoRandomValues(TorchFunctionMode):
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 return tensor
+        if func is torch.empty and kwargs.get("device") is None:
+            size = kwargs.get("size", args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
+            if math.prod(size) >= _LARGE:
+                kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import awqc
 from awqc.analysis import Analysis
 from awqc.capture import relative_error
-from awqc.errors import CheckpointError, ConfigError
+from awqc.errors import CheckpointError, ConfigError, PipelineError
 from awqc.groups import ScaleGroup
 from tests.nets import WIDTH, Net, fold_error, inputs, linear, norm
 from tests.zoo.models import build, token_ids
@@ -177,3 +178,55 @@ def test_a_wrong_argument_folds_nothing(net: nn.Module, analysis: Analysis) -> N
     with pytest.raises(ConfigError):
         analysis.fold(model, {"n.weight": torch.full((WIDTH,), 2.0), "a.weight": torch.ones(3)})
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), net.parameters(), strict=True))
+
+
+# -- what need not be given --------------------------------------------------------------------------------
+
+
+def test_inputs_are_made_up_from_the_config(tmp_path: Path) -> None:
+    known = specimen("llama")
+    known.model.config.save_pretrained(tmp_path)
+    assert groups_of(awqc.analyze(tmp_path)) == groups_of(known.analysis)
+
+
+def test_an_image_is_made_up_from_the_config() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        num_channels=1,
+    )
+    found = awqc.analyze(transformers.ViTModel(config))
+    assert [tuple(n.meta["val"].shape) for n in found.graph.inputs] == [(1, 1, 16, 16)]
+
+
+def test_a_model_whose_inputs_nobody_knows() -> None:
+    model = build("llama")
+    model.main_input_name = "brain_waves"
+    with pytest.raises(ConfigError) as error:
+        awqc.analyze(model)
+    assert str(error.value) == (
+        "LlamaForCausalLM reads 'brain_waves', and its config does not say of what shape: use "
+        "awqc.analyze(model, inputs) from Python"
+    )
+
+
+def test_a_part_of_a_model() -> None:
+    found = awqc.analyze(build("llama"), BATCH, root="model.layers.1.mlp")
+    assert found.capture.root == "model.layers.1.mlp"
+    assert set(found.linears) == {f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
+    assert [g.name for g in found.groups] == ["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("variable", ["AWQC_SKIP", "AWQC_DUMP"])
+def test_flags_may_name_passes_that_only_a_compile_has(
+    net: nn.Module, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "clip-weights")
+    assert len(awqc.analyze(net, inputs()).groups) == 2
+    monkeypatch.setenv(variable, "no-such-pass")
+    with pytest.raises(PipelineError, match=r"^no pass is called 'no-such-pass': there are canonicalize, "):
+        awqc.analyze(net, inputs())

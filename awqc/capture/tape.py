@@ -38,10 +38,14 @@ def tape(subject: Subject) -> Graph:
     traced = _traced(root, originals, values, arguments)
     env: dict[fx.Node, Any] = {}
     outputs: list[fx.Node] = []
-    slots: list[Any] = [*originals, *flat_inputs(arguments)]
-    for number, node in enumerate(traced.graph.nodes):
+    named = iter(flat_inputs(arguments))
+    given = tree_flatten(list(arguments.values()))[0]
+    slots = iter([*originals, *(next(named) if isinstance(x, Tensor) else None for x in given)])
+    for node in traced.graph.nodes:
         if node.op == "placeholder":
-            slot = slots[number]
+            slot = next(slots)
+            if slot is None:
+                continue
             if isinstance(slot, str):
                 env[node] = builder.input(slot, torch.empty(0))
             elif node.users:

@@ -25,7 +25,7 @@ from awqc.source import swapped_tensors
 #: Forward arguments that would make the graph stateful or its output a tuple.
 _SETTINGS = {"use_cache": False}
 #: What torch.export says on its way to an exception, which is all that a rung of the ladder needs.
-_LOUD = ("torch.export._trace", "torch._subclasses.fake_tensor")
+_LOUD = ("torch.export._trace", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 def accepted_settings(module: nn.Module) -> dict[str, Any]:

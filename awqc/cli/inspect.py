@@ -26,6 +26,9 @@ def inspect(
     groups: Annotated[
         bool, typer.Option("--groups", help="Who can absorb whose input scale; from config.json alone.")
     ] = False,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="How the graph is obtained, and what failed before; no weights.")
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Every decision of the compile that made a checkpoint.")
     ] = False,
@@ -43,15 +46,23 @@ def inspect(
     """Look into a model or a checkpoint; the report if there is one, else the scale groups."""
     from awqc.report import REPORT_FILE
 
-    wanted = {"groups": groups, "report": report, "graph": graph, "diff": diff is not None}
+    wanted = {
+        "groups": groups,
+        "capture": capture,
+        "report": report,
+        "graph": graph,
+        "diff": diff is not None,
+    }
     chosen = [name for name, given in wanted.items() if given]
     if len(chosen) > 1:
-        raise typer.BadParameter("give one of --groups, --report, --graph and --diff")
+        raise typer.BadParameter("give one of --groups, --capture, --report, --graph and --diff")
     what = chosen[0] if chosen else "report" if (model / REPORT_FILE).is_file() else "groups"
     if what == "report":
         _show_report(model / REPORT_FILE, full, json)
     elif what == "groups":
         _show_groups(model, full, json)
+    elif what == "capture":
+        _show_capture(model, json)
     else:
         with Bars("capturing the graph"):
             text = _graph(model) if diff is None else _diff(model, diff)
@@ -87,6 +98,20 @@ def _show_groups(model: Path, full: bool, json: bool) -> None:
         stdout().print(tables.analysis(found, full))
 
 
+def _show_capture(model: Path, json: bool) -> None:
+    """The ladder: what failed, and what was taken."""
+    with Bars("capturing the graph"):
+        found = _analyze(model)
+    report = found.capture
+    if json:
+        print_json({"rung": report.rung, "notes": report.notes, "nodes": len(found.graph.nodes)})
+        return
+    for note in report.notes:
+        typer.secho(f"- {note}", fg=typer.colors.YELLOW)
+    typer.secho(f"captured by {report.rung}: {len(found.graph.nodes)} ops, {len(found.linears)} linears")
+    typer.secho("there are no weights to run: numbers were not compared with eager execution")
+
+
 def _show_text(text: str, what: str, json: bool) -> None:
     if json:
         print_json({what: text})
@@ -100,7 +125,7 @@ def _analyze(model: Path) -> Analysis:
     from awqc.cli.models import quiet
 
     quiet()
-    return analyze(model, _ids())
+    return analyze(model)
 
 
 def _ids() -> Any:
@@ -143,13 +168,15 @@ def _diff(model: Path, name: str) -> str:
 
 
 def _run_without_weights(model: Path, name: str, folder: Path, pipeline: Pipeline) -> None:
+    from awqc.calibration import example_inputs
     from awqc.capture import capture
     from awqc.config import QuantConfig
     from awqc.context import Context
     from awqc.flags import Flags
     from awqc.source import from_module, skeleton
 
-    captured = capture(from_module(skeleton(model)), {"input_ids": _ids()}, None)
+    module = skeleton(model)
+    captured = capture(from_module(module), example_inputs(module), None)
     pipeline.run(captured, Context(QuantConfig()), Flags(dump=frozenset({name}), dump_to=folder, check=False))
 
 

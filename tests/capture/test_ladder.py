@@ -129,6 +129,7 @@ def test_what_can_be_traced_is_a_piece() -> None:
     assert found.prove(inputs()) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor")
 def test_a_tape_is_for_analysis() -> None:
     def compute(m: Net, x: Tensor) -> Tensor:
         h = F.relu(F.linear(m.n(x), m.a.weight))

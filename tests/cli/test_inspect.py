@@ -126,4 +126,38 @@ def test_a_pass_that_there_is_not(model: Path, invoke: Invoke) -> None:
 def test_two_things_at_once(model: Path, invoke: Invoke) -> None:
     result = invoke("inspect", model, "--graph", "--groups")
     assert result.exit_code == 2
-    assert "give one of --groups, --report, --graph and --diff" in result.stderr
+    assert "give one of --groups, --capture, --report, --graph and --diff" in result.stderr
+
+
+def test_the_ladder_without_weights(config_only: Path, invoke: Invoke) -> None:
+    result = invoke("inspect", config_only, "--capture")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("captured by torch.export: ")
+    assert lines[1] == "there are no weights to run: numbers were not compared with eager execution"
+    document = json.loads(invoke("inspect", config_only, "--capture", "--json").stdout)
+    assert document["rung"] == "torch.export"
+    assert document["notes"] == []
+
+
+def test_the_ladder_says_what_failed(tmp_path: Path, invoke: Invoke) -> None:
+    """A model whose experts are a loop over values; from its config alone."""
+    import transformers
+
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}
+    experts = {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}
+    config = transformers.DbrxConfig(
+        d_model=32,
+        n_heads=2,
+        n_layers=1,
+        max_seq_len=32,
+        vocab_size=64,
+        attn_config=attention,
+        ffn_config=experts,
+    )
+    config.architectures = ["DbrxForCausalLM"]
+    config.save_pretrained(tmp_path)
+    lines = invoke("inspect", tmp_path, "--capture").stdout.splitlines()
+    assert lines[0].startswith("- torch.export: DbrxForCausalLM could not be traced by torch.export: ")
+    assert lines[1] == "- run as they are: all modules of class DbrxExperts"
+    assert lines[2].startswith("captured by torch.export with regions: ")
