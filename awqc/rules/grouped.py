@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from awqc.op import Op
 from awqc.routing import Routing, routing_key
 from awqc.rules import Sample, example, rule
-from awqc.scaled import Scaled, Value
+from awqc.scaled import Scaled, Value, unexpanded
 from awqc.views import GROUPED_LINEAR, shape
 
 _X = example(7, 4)
@@ -78,4 +78,5 @@ def _columns(op: Op, x: Scaled, key: fx.Node, count: int) -> Tensor | None:
 
 
 def _equal(ids: Tensor, others: Tensor) -> bool:
-    return torch.equal(*torch.broadcast_tensors(ids, others))
+    # Where neither changes, one element says it for all: the whole may be thousands of millions.
+    return torch.equal(*torch.broadcast_tensors(unexpanded(ids), unexpanded(others)))
