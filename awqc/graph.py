@@ -130,7 +130,8 @@ class Graph:
     def run(self, inputs: Mapping[str, Tensor], weights: Weights | None = None) -> list[Any]:
         """Execute the whole graph on ``inputs`` by placeholder name; the outputs, flattened."""
         env: Env = {n: inputs[str(n.target)] for n in self.inputs}
-        (results,) = self.output.args  # one node may be several outputs
+        arguments: Any = self.output.args
+        (results,) = arguments  # one node may be several outputs
         values = weights or self.weights
         execute(self.nodes, env, values, keep=results)
         return [values[str(n.target)] if n.op == "get_attr" else env[n] for n in results]

@@ -283,7 +283,7 @@ class ReadTensors(TorchFunctionMode):
 def inner_linears(module: nn.Module) -> list[tuple[str, str | None]]:
     """Weight and bias, by their first names in ``module``, of every linear module in it."""
     first = {id(t): name for name, t in named_tensors(module)}
-    found = {}
+    found: dict[str, str | None] = {}
     for child in module.modules():
         if isinstance(child, nn.Linear):
             bias = None if child.bias is None else first[id(child.bias)]
