@@ -14,6 +14,7 @@ import functools
 import re
 import struct
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -106,7 +107,10 @@ class CudaKernel:
         self._device = device
         self._format = struct.Struct(f"@{params}")
         self._offsets = parameter_offsets(params)
+        self._values = ctypes.c_char * self._format.size
+        self._pointers = ctypes.c_void_p * len(self._offsets)
         self._shared = shared
+        self._launch = driver().cuLaunchKernelEx
         attributes = [_Attribute(_CLUSTER, 0, (cluster, 1, 1))] if cluster > 1 else []
         if dependent:
             attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
@@ -133,9 +137,9 @@ class CudaKernel:
         Raises:
             LaunchError: if the driver refuses.
         """
-        values = ctypes.create_string_buffer(self._format.pack(*args))
+        values = self._values.from_buffer_copy(self._format.pack(*args))
         start = ctypes.addressof(values)
-        pointers = (ctypes.c_void_p * len(self._offsets))(*[start + offset for offset in self._offsets])
+        pointers = self._pointers(*[start + offset for offset in self._offsets])
         config = _Config(
             (*grid, 1, 1)[:3],
             (*block, 1, 1)[:3],
@@ -144,11 +148,9 @@ class CudaKernel:
             ctypes.addressof(self._attributes),
             len(self._attributes),
         )
-        if torch.cuda.current_device() == self._device:
-            status = driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
-        else:
-            with torch.cuda.device(self._device):
-                status = driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+        current = torch.cuda.current_device() == self._device
+        with nullcontext() if current else torch.cuda.device(self._device):
+            status = self._launch(ctypes.byref(config), self._function, pointers, None)
         if status:
             _check(status, f"cuLaunchKernelEx(grid={tuple(grid)}, block={tuple(block)})")
 
@@ -164,15 +166,21 @@ def tensor_map(matrix: Tensor, rows: int, columns: int) -> bytes:
     Raises:
         LaunchError: if the driver refuses.
     """
+    return _tensor_map(matrix.data_ptr(), matrix.shape[0], matrix.shape[1], matrix.dtype, rows, columns)
+
+
+# A map holds an address and sizes, nothing of the tensor that happens to be there.
+@functools.lru_cache(maxsize=4096)
+def _tensor_map(address: int, height: int, width: int, dtype: torch.dtype, rows: int, columns: int) -> bytes:
     storage = ctypes.create_string_buffer(128 + 64)
     start = -(-ctypes.addressof(storage) // 64) * 64
     status = driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(start),
-        ctypes.c_int(_TENSOR_TYPES[matrix.dtype]),
+        ctypes.c_int(_TENSOR_TYPES[dtype]),
         ctypes.c_uint(2),
-        ctypes.c_void_p(matrix.data_ptr()),
-        (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0]),
-        (ctypes.c_uint64 * 1)(matrix.shape[1] * matrix.element_size()),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(width, height),
+        (ctypes.c_uint64 * 1)(width * dtype.itemsize),
         (ctypes.c_uint32 * 2)(columns, rows),
         (ctypes.c_uint32 * 2)(1, 1),
         ctypes.c_int(0),
@@ -181,7 +189,7 @@ def tensor_map(matrix: Tensor, rows: int, columns: int) -> bytes:
         ctypes.c_int(0),
     )
     if status:
-        _check(status, f"cuTensorMapEncodeTiled of {tuple(matrix.shape)} in boxes of {(rows, columns)}")
+        _check(status, f"cuTensorMapEncodeTiled of {(height, width)} in boxes of {(rows, columns)}")
     return ctypes.string_at(start, 128)
 
 

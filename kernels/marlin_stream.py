@@ -111,6 +111,7 @@ def tile(rows: int, columns: int, tokens: int, group: int, processors: int, limi
     return Tiling(warps=4, strips=2, rounds=-(-share // 2), split=split, depth=2)
 
 
+@functools.cache
 def has_bulk_copies(device: torch.device) -> bool:
     """Whether the device has what the Hopper paths are made of: bulk copies, clusters, dependent launches."""
     return torch.cuda.get_device_capability(device)[0] == 9
