@@ -74,9 +74,10 @@ def disk_names(module: nn.Module) -> dict[str, list[Piece]]:
         total += sizes[-1]
     names = list(shapes)
 
-    def numbered(along: Callable[[tuple[int, ...]], Tensor]) -> dict[str, Tensor]:
+    def numbered(along: Callable[[tuple[int, ...], int], Tensor]) -> dict[str, Tensor]:
+        # Expanded from little: a model's worth of numbers would not fit.
         return {
-            name: base + (along(shape) if len(shape) == 3 else torch.zeros(()).long().expand(shape))
+            name: along(shape, base) if len(shape) == 3 else torch.tensor(base).expand(shape)
             for (name, shape), base in zip(shapes.items(), bases, strict=True)
         }
 
@@ -84,10 +85,15 @@ def disk_names(module: nn.Module) -> dict[str, list[Piece]]:
     stored_columns = _on_the_way_to_disk(module, numbered(_columns))
     found: dict[str, list[Piece]] = {}
     for disk, rows in stored_rows.items():
-        at = bisect_right(bases, int(rows.flatten()[0])) - 1 if rows.numel() else 0
+        if not rows.numel():
+            continue
+        at = bisect_right(bases, int(rows[(0,) * rows.ndim])) - 1
         name, base = names[at], bases[at]
-        piece = _piece(disk, rows - base, stored_columns[disk] - base, shapes[name])
-        if rows.numel() and piece is not None and int(rows.max()) < base + sizes[at]:
+        if len(shapes[name]) != 3:
+            piece = Piece(disk) if tuple(rows.shape) == shapes[name] else None
+        else:
+            piece = _piece(disk, rows - base, stored_columns[disk] - base, shapes[name], sizes[at])
+        if piece is not None:
             found.setdefault(name, []).append(piece)
     return {name: pieces for name, pieces in found.items() if _complete(pieces, shapes[name])}
 
@@ -153,22 +159,24 @@ def _on_the_way_to_disk(module: nn.Module, state: dict[str, Tensor]) -> dict[str
     return dict(revert_weight_conversion(module, state))
 
 
-def _rows(shape: tuple[int, ...]) -> Tensor:
-    """The number of each row of a stack ``(E, A, B)``, ``B`` cut."""
+def _rows(shape: tuple[int, ...], base: int = 0) -> Tensor:
+    """The number of each row of a stack ``(E, A, B)`` above ``base``, ``B`` cut."""
     count, rows, columns = shape
-    return torch.arange(count * rows).view(count, rows, 1).expand(count, rows, min(columns, _CUT))
+    numbers = torch.arange(base, base + count * rows, dtype=torch.int32).view(count, rows, 1)
+    return numbers.expand(count, rows, min(columns, _CUT))
 
 
-def _columns(shape: tuple[int, ...]) -> Tensor:
-    """The number of each column of a stack ``(E, A, B)``, ``A`` cut."""
+def _columns(shape: tuple[int, ...], base: int = 0) -> Tensor:
+    """The number of each column of a stack ``(E, A, B)`` above ``base``, ``A`` cut."""
     count, rows, columns = shape
-    return torch.arange(columns).expand(count, min(rows, _CUT), columns)
+    return torch.arange(base, base + columns, dtype=torch.int32).expand(count, min(rows, _CUT), columns)
 
 
-def _piece(name: str, rows: Tensor, columns: Tensor, shape: tuple[int, ...]) -> Piece | None:
-    """What the numbers that came out under ``name`` say of a parameter of ``shape``; None if nothing."""
-    if len(shape) != 3:
-        return Piece(name) if tuple(rows.shape) == shape else None
+def _piece(name: str, rows: Tensor, columns: Tensor, shape: tuple[int, ...], size: int) -> Piece | None:
+    """What the numbers that came out under ``name`` say of a stack of ``shape``; None if nothing, as where
+    other numbers than its own, which are below ``size``, are among them."""
+    if int(rows.max()) >= size:
+        return None
     if rows.ndim == 3:
         same = torch.equal(rows, _rows(shape)) and torch.equal(columns, _columns(shape))
         return Piece(name) if same else None
@@ -177,6 +185,7 @@ def _piece(name: str, rows: Tensor, columns: Tensor, shape: tuple[int, ...]) -> 
     # Along one of its dimensions the tensor moves through rows, along the other through columns.
     transposed = bool((rows[:1] != rows[:1, :1]).any()) or bool((columns[:, :1] != columns[:1, :1]).any())
     rows, columns = (rows[0], columns[:, 0]) if transposed else (rows[:, 0], columns[0])
+    rows, columns = rows.long(), columns.long()
     indices = rows // shape[1]
     if bool((indices != indices[0]).any()):
         return None
