@@ -103,6 +103,8 @@ class TracedRegions:
             try:
                 return attempt()
             except CaptureError as error:
+                if len(self._results) > 4 * len(self.paths):
+                    raise CaptureError("its regions are called in another way each time") from error
                 if isinstance(error.__cause__, _Unknown):
                     self._learn(error.__cause__.module, error.__cause__.arguments)
                 else:
