@@ -97,7 +97,7 @@ class Op:
         wanted = Scaled(ids, degree, self._routings.get(operand))
         return self._flow.join(operand, wanted, computed)
 
-    def align(self, operand: fx.Node, ids: Tensor) -> None:
+    def meet(self, operand: fx.Node, ids: Tensor) -> None:
         """Say that elements of ``operand`` meet elements of a value with ``ids``, of the operand's shape."""
 
     @property
@@ -131,7 +131,7 @@ class RowOp(Op):
         if value is not None and (where is None or bool(where.any())):
             self.reason = reason
 
-    def align(self, operand: fx.Node, ids: Tensor) -> None:
+    def meet(self, operand: fx.Node, ids: Tensor) -> None:
         """Note the row numbers of what each element meets."""
         self.joined[operand] = ids
 

@@ -1,7 +1,6 @@
 """Tiny random models and token ids that tests of the whole compiler share. Nothing here is ever changed:
 a compile that touched its input would fail the tests that follow it."""
 
-
 import os
 
 import pytest

@@ -53,12 +53,12 @@ def contract(op: Op, left: Factor, right: Factor, result: Sequence[str]) -> Valu
         _undo(op, a, b, right, labels)
         a = None
     elif a is not None and (ids := _onto(right, a, labels)) is not None:
-        op.align(right.node, ids)
+        op.meet(right.node, ids)
     if inner_b:
         _undo(op, b, a, left, labels)
         b = None
     elif b is not None and (ids := _onto(left, b, labels)) is not None:
-        op.align(left.node, ids)
+        op.meet(left.node, ids)
     outer = [None if v is None else Scaled(_first(v.ids, summed).expand(op.shape), v.degree) for v in (a, b)]
     return multiplied(op, outer[0], outer[1])
 

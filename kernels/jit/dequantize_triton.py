@@ -8,7 +8,7 @@ import triton.language as tl
 from awqc.kernels.jit.words_triton import differences
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def dequantize(
     words_ptr,
     scales_ptr,

@@ -8,7 +8,7 @@ import triton.language as tl
 from awqc.kernels.jit.words_triton import differences
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "groups"])
 def gemm(
     x_ptr,
     words_ptr,
