@@ -101,7 +101,7 @@ def prepare(
 ) -> Launch:
     """Kernels for ``tokens`` (a multiple of the block's) on a weight of ``rows`` by ``chunks``."""
     properties = torch.cuda.get_device_properties(device)
-    limit = properties.shared_memory_per_block_optin
+    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     shares = block.shares(tokens, rows, chunks, properties.multi_processor_count, limit)
     dependent = properties.major >= 9
     defines = {
@@ -224,8 +224,8 @@ def qlinear_exllama(
     """
     k = x.shape[-1]
     if x.dtype not in (torch.float16, torch.bfloat16):
-        codes, *groups = ExLlama.unpack(words, scales, zeros, out_features, k)
-        return qlinear(x, codes, *groups, bias, group_size)
+        codes, own_scales, own_zeros = ExLlama.unpack(words, scales, zeros, out_features, k)
+        return qlinear(x, codes, own_scales, own_zeros, bias, group_size)
     tokens = x.reshape(-1, k).contiguous()
     group = group_channels(group_size, k)
     addend = None if bias is None else bias.to(x.dtype)

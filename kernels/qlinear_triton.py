@@ -220,17 +220,15 @@ def tune(weight: Weight, dtype: torch.dtype) -> configs.Table:
         Weight(weight.packed.clone(), weight.scales, weight.zeros, weight.n, weight.k, weight.group_size)
         for _ in range(max(2, math.ceil(2e8 / weight.packed.nbytes)))
     ]
+
+    def attempt(x: Tensor, tile: Tile | None, i: int) -> Tensor:
+        return F.linear(x, dense(copies[i], dtype)) if tile is None else multiply(x, copies[i], None, tile)
+
     table: dict[int, Mapping[str, int]] = {}
     for tokens in TOKENS:
         x = torch.randn(tokens, weight.k, dtype=dtype, device=weight.packed.device)
-        runs = {
-            None: lambda i, x=x: F.linear(x, dense(copies[i], dtype)),
-            **{
-                tile: lambda i, x=x, tile=tile: multiply(x, copies[i], None, tile)
-                for tile in candidates(tokens)
-            },
-        }
-        tile = fastest(runs, len(copies))
+        tiles: list[Tile | None] = [None, *candidates(tokens)]
+        tile = fastest({tile: functools.partial(attempt, x, tile) for tile in tiles}, len(copies))
         if tile is None:
             break
         table[tokens] = asdict(tile)
