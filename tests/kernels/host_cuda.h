@@ -1,0 +1,111 @@
+// CUDA's language on the host, as far as portable kernels use it: the threads of a block are fibers that take
+// turns at __syncthreads(), blocks run one after the other. Compiled in front of a .cu file.
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+#define __HIP__ 1
+#define __global__
+#define __device__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+// float16 rounded to nearest even, for compilers that do not have it in C++.
+struct Half {
+  uint16_t bits;
+  explicit Half(float f) {
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    const uint32_t sign = u >> 16 & 0x8000u, least = 0x3f000000u;  // 0.5, whose last place is that of subnormals
+    u &= 0x7fffffffu;
+    if (u > 0x7f800000u) bits = uint16_t(sign | 0x7e00u);
+    else if (u >= 0x477ff000u) bits = uint16_t(sign | 0x7c00u);
+    else if (u >= 0x38800000u) bits = uint16_t(sign | (u + 0xfffu + (u >> 13 & 1) - 0x38000000u) >> 13);
+    else {
+      float small, half;
+      std::memcpy(&small, &u, 4), std::memcpy(&half, &least, 4);
+      small += half;
+      std::memcpy(&u, &small, 4);
+      bits = uint16_t(sign | (u - least));
+    }
+  }
+  explicit operator float() const {
+    const uint32_t exponent = bits >> 10 & 31, mantissa = bits & 1023u;
+    const float value = exponent == 31 ? (mantissa ? __builtin_nanf("") : __builtin_inff())
+                        : exponent ? __builtin_ldexpf(1024.f + float(mantissa), int(exponent) - 25)
+                                   : __builtin_ldexpf(float(mantissa), -24);
+    return bits & 0x8000u ? -value : value;
+  }
+};
+#define _Float16 Half
+
+struct Size { unsigned x, y, z; };
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+
+static Size threadIdx, blockIdx, blockDim, gridDim;
+constexpr unsigned MOST_THREADS = 1024, STACK = 1 << 16;
+alignas(1024) float shared[1 << 16];  // what the kernels declare extern
+static ucontext_t scheduler, fibers[MOST_THREADS];
+static bool ended[MOST_THREADS];
+static char* stacks;
+static std::function<void()> body;
+
+static void __syncthreads() { swapcontext(&fibers[threadIdx.x], &scheduler); }
+
+static float __uint_as_float(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+static uint32_t __float_as_uint(float f) { uint32_t bits; std::memcpy(&bits, &f, 4); return bits; }
+static uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t both = uint64_t(high) << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= uint32_t(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return out;
+}
+
+static void fiber() {
+  body();
+  ended[threadIdx.x] = true;
+  swapcontext(&fibers[threadIdx.x], &scheduler);
+}
+
+// Runs `kernel` for every thread of every block. Shared memory begins as NaN, so that what nobody wrote shows.
+static void launch(Size grid, unsigned threads, std::function<void()> kernel) {
+  if (!stacks) stacks = static_cast<char*>(std::malloc(size_t(MOST_THREADS) * STACK));
+  body = std::move(kernel);
+  gridDim = grid, blockDim = {threads, 1, 1};
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = {x, y, z};
+        std::memset(shared, 0xff, sizeof shared);
+        for (unsigned t = 0; t < threads; ++t) {
+          getcontext(&fibers[t]);
+          fibers[t].uc_stack.ss_sp = stacks + size_t(t) * STACK, fibers[t].uc_stack.ss_size = STACK;
+          makecontext(&fibers[t], fiber, 0);
+          ended[t] = false;
+        }
+        for (bool running = true; running;) {
+          running = false;
+          for (unsigned t = 0; t < threads; ++t) {
+            if (ended[t]) continue;
+            threadIdx = {t, 0, 0};
+            swapcontext(&scheduler, &fibers[t]);
+            running |= !ended[t];
+          }
+        }
+      }
+}
+
+// Memory that ends where no access is allowed: what reads or writes past its end stops the program.
+extern "C" void* guarded(size_t bytes) {
+  const size_t page = 4096, whole = (bytes + page - 1) / page * page;
+  char* start = static_cast<char*>(mmap(nullptr, whole + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  mprotect(start + whole, page, PROT_NONE);
+  return start + whole - (bytes + 15) / 16 * 16;
+}

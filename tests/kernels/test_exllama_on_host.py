@@ -1,0 +1,201 @@
+"""The portable kernels run on the CPU: compiled as C++, a fiber for each thread (``host_cuda.h``).
+
+What a GPU adds is speed; indices, padding, the order of sums and the branches that HIP compiles are here.
+Tensors end where no access is allowed, so a load or a store past an end stops the test run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from awqc.kernels.cuda_launch import read_source
+from awqc.kernels.exllama_layout import CHANNELS
+from awqc.kernels.qlinear_exllama import Block, ExLlama
+from awqc.quantized import QuantizedWeight, Scheme, quantize
+
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+#: Calls a kernel with arguments as ctypes passes them.
+ENTRY = """
+extern "C" void run_product(unsigned gx, unsigned gy, unsigned gz, u16* y, float* partial, const u16* x,
+    const u32* words, const void* scales, const u8* zeros, const u16* bias, int m, int n, int k, int stride,
+    int chunks, int group_chunks) {
+  launch({gx, gy, gz}, THREADS, [=] {
+    product(y, partial, x, words, scales, zeros, bias, m, n, k, stride, chunks, group_chunks); });
+}
+extern "C" void run_join(unsigned gx, u16* y, const float* partial, const u16* bias, int size, int n,
+    int shares) {
+  launch({gx, 1, 1}, 256, [=] { join(y, partial, bias, size, n, shares); });
+}
+extern "C" void run_reconstruct(unsigned gx, unsigned gy, u16* weight, const u32* words, const void* scales,
+    const u8* zeros, int n, int k, int stride, int group_rows) {
+  launch({gx, gy, 1}, 256, [=] { reconstruct(weight, words, scales, zeros, n, k, stride, group_rows); });
+}
+"""
+
+
+@functools.cache
+def compiled(**defines: int) -> ctypes.CDLL:
+    """The kernels with these macros, as a library."""
+    folder = Path(tempfile.mkdtemp())
+    shim = (Path(__file__).parent / "host_cuda.h").read_text()
+    (folder / "kernels.cpp").write_text("\n".join((shim, read_source("exllama.cu"), ENTRY)))
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off"]
+    flags += [f"-D{name}={value}" for name, value in defines.items()]
+    command = [str(COMPILER), *flags, "-o", str(folder / "kernels.so"), str(folder / "kernels.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(folder / "kernels.so"))
+    library.guarded.restype = ctypes.c_void_p
+    shutil.rmtree(folder)
+    return library
+
+
+class Memory:
+    """A copy of a tensor (NaN for what is to be written) in memory that ends where no access is allowed."""
+
+    def __init__(self, library: ctypes.CDLL, tensor: Tensor | None) -> None:
+        self.tensor = tensor
+        self.pointer = ctypes.c_void_p(0)
+        if tensor is not None:
+            self.size = tensor.numel() * tensor.itemsize
+            self.pointer = ctypes.c_void_p(library.guarded(ctypes.c_size_t(self.size)))
+            ctypes.memmove(self.pointer, tensor.contiguous().data_ptr(), self.size)
+
+    def read(self) -> Tensor:
+        assert self.tensor is not None
+        out = torch.empty_like(self.tensor)
+        ctypes.memmove(out.data_ptr(), self.pointer, self.size)
+        return out
+
+
+def weight_of(n: int, k: int, group_size: int, zero_point: bool = True) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(n + k)
+    return quantize(torch.randn(n, k, generator=generator), Scheme(4, group_size, zero_point))
+
+
+def multiply_on_host(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, block: Block, processors: int, limit: int
+) -> Tensor:
+    """As :func:`awqc.kernels.qlinear_exllama.multiply`, which launches the same on a device."""
+    scale_dtype = weight.scales.dtype
+    tensors, (n, group_size) = ExLlama.pack(
+        weight.codes, weight.scales, weight.zeros, bias, 4, weight.scheme.group_size
+    )
+    library = compiled(
+        COLUMNS=block.columns,
+        TOKENS=block.tokens,
+        WARPS=block.warps,
+        BFLOAT=int(x.dtype == torch.bfloat16),
+        SCALES=SCALES[scale_dtype],
+        DEPENDENT=1,
+    )
+    words, scales, zeros = (tensors[name] for name in ("words", "scales", "zeros"))
+    assert words is not None
+    (m, k), stride = x.shape, words.shape[1]
+    chunks = words.shape[0] * 8 // CHANNELS
+    group = k if group_size == -1 else min(group_size, k)
+    rounded = block.tokens * math.ceil(m / block.tokens)
+    shares = block.shares(rounded, n, chunks, processors, limit)
+    assert block.shared_bytes(chunks, shares) <= min(limit, 4 << 16)
+    nan = torch.tensor(float("nan"), dtype=x.dtype)
+    y = Memory(library, nan.expand(m, n))
+    partial = Memory(library, nan.float().expand(shares, m, n))
+    operands = [Memory(library, t) for t in (x, words, scales, zeros, bias)]
+    grid = (math.ceil(n / (32 * block.columns)), shares, rounded // block.tokens)
+    sizes = (m, n, k, stride, chunks, math.ceil(group / CHANNELS))
+    library.run_product(*grid, y.pointer, partial.pointer, *(o.pointer for o in operands), *sizes)
+    if shares > 1:
+        blocks = math.ceil(m * n / 256)
+        library.run_join(blocks, y.pointer, partial.pointer, operands[-1].pointer, m * n, n, shares)
+    return y.read()
+
+
+def assert_close(got: Tensor, want: Tensor, x: Tensor, weight: QuantizedWeight) -> None:
+    """Exact products of activations and ``128 + code``, summed in float32, and one rounding of the result."""
+    k = x.shape[1]
+    rounding = torch.finfo(x.dtype).eps / 2 * want.abs()
+    energy = x.double().norm(dim=1, keepdim=True) * weight.scales.double().amax() * 143
+    assert ((got.double() - want).abs() <= 1.01 * rounding + 6 * k**0.5 * 2.0**-24 * energy).all()
+
+
+@pytest.mark.parametrize(
+    "block", [Block(1, 4, 8, 4), Block(2, 2, 4, 2), Block(4, 1, 4, 2), Block(8, 8, 4, 2)], ids=str
+)
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "tokens"),
+    [(130, 608, 128, 1), (300, 96, 32, 5), (64, 1000, -1, 3), (513, 700, 64, 9), (1, 1, -1, 2)],
+)
+@pytest.mark.parametrize("processors", [1, 40])
+def test_the_product_agrees_with_float64(
+    block: Block, n: int, k: int, group_size: int, tokens: int, processors: int
+) -> None:
+    weight = weight_of(n, k, group_size)
+    generator = torch.Generator().manual_seed(k)
+    bias = torch.randn(n, generator=generator).half() if n % 2 else None
+    x = (torch.randn(tokens, k, generator=generator) + 1).half()
+    want = x.double() @ weight.dequantize(torch.float64).t() + (0 if bias is None else bias.double())
+    got = multiply_on_host(x, weight, bias, block, processors, 64 << 10)
+    assert_close(got, want, x, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale_dtype", SCALES)
+def test_every_dtype_of_activations_and_scales(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
+    weight = weight_of(70, 168, 64, zero_point=False)
+    scales = weight.scales.to(scale_dtype)
+    weight = QuantizedWeight(weight.codes, scales, weight.zeros, weight.scheme)
+    x = torch.randn(3, 168, generator=torch.Generator().manual_seed(0)).to(dtype)
+    exact = weight.dequantize(torch.float64)
+    got = multiply_on_host(x, weight, None, Block(4, 4, 4, 2), 8, 64 << 10)
+    assert_close(got, x.double() @ exact.t(), x, weight)
+    library = compiled(
+        COLUMNS=1,
+        TOKENS=1,
+        WARPS=1,
+        BFLOAT=int(dtype == torch.bfloat16),
+        SCALES=SCALES[scale_dtype],
+        DEPENDENT=0,
+    )
+    tensors, _ = ExLlama.pack(weight.codes, weight.scales, weight.zeros, None, 4, 64)
+    out = Memory(library, torch.tensor(float("nan"), dtype=dtype).expand(168, 70))
+    operands = [Memory(library, tensors[name]) for name in ("words", "scales", "zeros")]
+    stride = operands[0].tensor.shape[1] if operands[0].tensor is not None else 0
+    library.run_reconstruct(
+        1, 168 // 8, out.pointer, *(o.pointer for o in operands), 70, 168, stride, 64 // 8
+    )
+    # The difference of codes is exact, and so is its product with a scale of at most 24 bits: rounded twice.
+    assert torch.equal(out.read(), exact.float().t().to(dtype))
+
+
+def test_what_is_no_number_stays_in_its_row() -> None:
+    weight = weight_of(32, 64, 32)
+    x = torch.ones(2, 64).bfloat16()
+    x[0, 3] = torch.nan
+    got = multiply_on_host(x, weight, None, Block(2, 4, 4, 2), 1, 64 << 10)
+    assert got[0].isnan().all()
+    assert got[1].isfinite().all()
+
+
+def test_weights_of_odd_width_are_written_out_whole() -> None:
+    weight = weight_of(33, 61, -1)
+    library = compiled(
+        COLUMNS=1, TOKENS=1, WARPS=1, BFLOAT=0, SCALES=SCALES[weight.scales.dtype], DEPENDENT=0
+    )
+    tensors, _ = ExLlama.pack(weight.codes, weight.scales, weight.zeros, None, 4, -1)
+    out = Memory(library, torch.tensor(float("nan")).half().expand(61, 33))
+    operands = [Memory(library, tensors[name]) for name in ("words", "scales", "zeros")]
+    stride = tensors["scales"].shape[1] if tensors["scales"] is not None else 0
+    library.run_reconstruct(1, 8, out.pointer, *(o.pointer for o in operands), 33, 61, stride, 8)
+    assert torch.equal(out.read(), weight.dequantize(torch.float32).t().half())
