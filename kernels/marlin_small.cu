@@ -37,7 +37,7 @@ struct Position {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #if HOPPER
     small(const __grid_constant__ TensorMap x, u16* __restrict__ y, const u8* __restrict__ packed,
           const u16* __restrict__ bias, int all_tokens, int n, int all_strips, int k_blocks, int box) {

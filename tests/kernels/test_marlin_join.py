@@ -14,9 +14,10 @@ from awqc.kernels.marlin_join import join
 @pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
 def test_the_kernel_compiles(arch: str, width: int) -> None:
-    defines = {"BF16": 0, "SPLIT": 4, "WIDTH": width, "HOPPER": int(arch == "sm_90a")}
     source = read_source("marlin_join.cu")
-    assert b"join" in nvrtc.compile_source(source, arch, defines, name="marlin_join.cu")
+    for split, bfloat16 in ((2, 0), (4, 1), (8, 0)):
+        defines = {"BF16": bfloat16, "SPLIT": split, "WIDTH": width, "HOPPER": int(arch == "sm_90a")}
+        assert b"join" in nvrtc.compile_source(source, arch, defines, name="marlin_join.cu")
 
 
 @pytest.mark.gpu

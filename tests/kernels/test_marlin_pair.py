@@ -46,8 +46,14 @@ def test_every_tiling_fits(group: int) -> None:
 @pytest.mark.parametrize("bfloat16", [0, 1])
 @pytest.mark.parametrize("tokens", TILE_TOKENS[:-1])
 def test_the_kernel_compiles_without_spills_and_waits(tokens: int, bfloat16: int) -> None:
-    for group in (32, 128):
-        defines = {"BF16": bfloat16, "SCALE_BF16": 0, "GROUP": group, "TOKENS": tokens, "STAGES": 4}
+    for group in (32, 64, 128):
+        defines = {
+            "BF16": bfloat16,
+            "SCALE_BF16": int(group == 64),
+            "GROUP": group,
+            "TOKENS": tokens,
+            "STAGES": 4,
+        }
         options = ["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"]
         options += [f"-D{key}={value}" for key, value in defines.items()]
         _, log = nvrtc.compile_with_log(read_source("marlin_pair.cu"), options, "marlin_pair.cu")

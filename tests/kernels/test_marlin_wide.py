@@ -31,8 +31,8 @@ def test_every_tiling_fits(rows: int, group: int) -> None:
 def test_the_kernel_compiles_without_spills_and_waits(tokens: int, bfloat16: int) -> None:
     """The compiler says so when it has to wait for each matrix product, or to keep registers in memory."""
     flags = ["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"]
-    defines = {"BF16": bfloat16, "SCALE_BF16": 0, "TOKENS": tokens, "SPLIT": 2, "STAGES": 3}
-    for group in (32, 128):
+    for group, split, scales in ((32, 1, 1), (64, 2, 0), (128, 4, 1), (128, 8, 0)):
+        defines = {"BF16": bfloat16, "SCALE_BF16": scales, "TOKENS": tokens, "SPLIT": split, "STAGES": 3}
         options = [*flags, f"-DGROUP={group}", *(f"-D{key}={value}" for key, value in defines.items())]
         _, log = nvrtc.compile_with_log(read_source("marlin_wide.cu"), options, "marlin_wide.cu")
         assert "Potential Performance Loss" not in log

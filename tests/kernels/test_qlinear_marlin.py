@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -44,6 +46,6 @@ def test_old_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
 def test_the_dequantizing_kernel_compiles(arch: str) -> None:
     source = read_source("marlin_dequantize.cu")
-    for group in (32, 64, 128):
-        defines = {"BF16": 1, "SCALE_BF16": 0, "GROUP": group}
+    for group, bfloat16, scales in itertools.product((32, 64, 128), (0, 1), (0, 1)):
+        defines = {"BF16": bfloat16, "SCALE_BF16": scales, "GROUP": group}
         assert b"dequantize" in nvrtc.compile_source(source, arch, defines, name="marlin_dequantize.cu")
