@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from awqc.checkpoints.record import SearchRecord
+from awqc.errors import CheckpointError
 from awqc.experts import QuantExperts, replace_expert_weights
 from awqc.lowered import LoweredExperts, LoweredLinears
 from awqc.report import Report
@@ -92,6 +93,10 @@ class CompiledModel(nn.Module):
             CheckpointError: if the format cannot carry a linear, the path cannot be written, the disk is
                 full, or what was written does not read back as this model.
         """
+        if hasattr(self, "hf_device_map"):
+            raise CheckpointError(
+                "a model that is divided among devices is not saved: load it without device_map first"
+            )
         return save(self, self._awqc, path, format, overwrite=overwrite, check=check)
 
 

@@ -47,11 +47,6 @@ class QuantExperts(PackedModule):
         weight = self.unpack()[0].dequantize(self.dtype)
         return weight.mT if self.transposed else weight
 
-    @property
-    def device(self) -> torch.device:
-        """Where the packed tensors are."""
-        return next(self.buffers()).device
-
     def as_parameter(self) -> Weights:
         """What a forward sees."""
         return Weights(self, self.transposed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,15 +15,13 @@ from awqc.checkpoints import open_checkpoint
 from awqc.compiled import Compilation, CompiledModel, assemble
 from awqc.contents import match_contents
 from awqc.disk_names import read_pieces
-from awqc.errors import CheckpointError
-from awqc.expert_storage import join
-from awqc.experts import QuantExperts
-from awqc.input_scales import SUFFIX
+from awqc.errors import CheckpointError, ConfigError
 from awqc.lowered import LoweredExperts, LoweredLinears
-from awqc.lowering import lower_linear
+from awqc.packing import Packing
+from awqc.placement import Place, compute_places, main_device, on
 from awqc.report import REPORT_FILE, Report
 from awqc.runtime import QuantLinear
-from awqc.source import ModelSource, named_tensors, skeleton
+from awqc.source import ModelSource, aliases, named_tensors, skeleton
 
 #: Tokens in the input that the graph of a loaded model is captured with.
 _GRAPH_TOKENS = 16
@@ -34,6 +33,9 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    device_map: str | Mapping[str, Place] | None = None,
+    max_memory: Mapping[Place, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> CompiledModel:
     """Load a quantized checkpoint: AWQ in all its versions, compressed-tensors, or awqc's own.
 
@@ -42,12 +44,22 @@ def load(
         backend: what the linears are lowered to; needs no new search.
         device: where the model goes.
         dtype: dtype of dense tensors and activations; float32 on the CPU, else that of the checkpoint.
+        device_map: instead of ``device``, several places: ``"auto"``, ``"balanced"``, ``"balanced_low_0"`` or
+            ``"sequential"``, or a dict from module names to devices, ``"cpu"`` and ``"disk"``, as in
+            accelerate. What is kept in host memory or on disk runs on the first accelerator of the map.
+        max_memory: bytes (or ``"10GB"``) that weights may take of each place, such as ``{0: "10GB", "cpu":
+            "30GB"}``; all that is free by default.
+        offload_folder: where tensors go that fit in no memory.
 
     Raises:
         CheckpointError: if the checkpoint is damaged, incomplete, dense, or disagrees with its config.
-        BackendError: for an unknown backend.
+        BackendError: for an unknown backend, or if its packed weights cannot be offloaded.
+        ConfigError: if ``device_map`` or ``max_memory`` cannot be used.
     """
-    path, device = Path(path), torch.device(device)
+    path = Path(path)
+    if device_map is None and (max_memory is not None or offload_folder is not None):
+        raise ConfigError("max_memory and offload_folder divide a model: give device_map='auto' too")
+    device = torch.device(device) if device_map is None else main_device(device_map, max_memory)
     checkpoint = open_checkpoint(path)
     if not checkpoint.quantized_names():
         raise CheckpointError(
@@ -62,40 +74,47 @@ def load(
     stored = [checkpoint.tensors.info(piece.name).dtype for pieces in dense.values() for piece in pieces]
     half = next((d for d in stored if d in (torch.float16, torch.bfloat16)), torch.float16)
     dtype = dtype or (torch.float32 if device.type == "cpu" else half)
-    lowered = LoweredLinears()
-    report = _report(path)
-    rows = {row.name: row for row in report.linears.values()}
-    for name, disk in contents.linears.items():
-        bias = checkpoint.dense(f"{disk}.bias") if f"{disk}.bias" in checkpoint.tensors else None
-        chosen = lower_linear(checkpoint.weight(disk), bias, dtype, device, backend)
-        scale = disk + SUFFIX
-        scaled = checkpoint.dense(scale).to(device) if scale in checkpoint.tensors else None
-        lowered[name] = QuantLinear(chosen, scaled)
+    packing = Packing(checkpoint, contents, dtype, backend)
+    if device_map is None:
+        placement = on(device)
+    else:
+        sized = packing.sized(module, device)
+        placement = compute_places(sized, device_map, max_memory, device, offload_folder)
+    lowered, stacks, report = LoweredLinears(), LoweredExperts(), _report(path)
+    rows = {row.name: row for row in report.linears.values()} | report.linears
+    for name in (*contents.linears, *contents.stacks):
+        packed = packing.pack(name, placement.device(name))
+        placement.put_packed(name, packed)
         if name in rows:
-            rows[name].backend, rows[name].notes = chosen.backend.name, list(chosen.packed.notes)
-    stacks = LoweredExperts()
-    for name, (stored_in, transposed) in contents.stacks.items():
-        chosen = lower_linear(join(stored_in, checkpoint.weight), None, dtype, device, backend)
-        stacks[name] = QuantExperts(chosen, transposed)
-        if name in report.linears:
-            row = report.linears[name]
-            row.backend, row.notes = chosen.backend.name, list(chosen.packed.notes)
+            rows[name].backend, rows[name].notes = packed.backend.name, list(packed.notes)
+        if isinstance(packed, QuantLinear):
+            lowered[name] = packed
+        else:
+            stacks[name] = packed
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module)}
 
     def value(name: str) -> Tensor:
         tensor = read_pieces(dense[name], shapes[name], checkpoint.dense)
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    tensors = {name: value(name) for name in dense}
-    tensors |= {n: t.to(device) for n, t in named_tensors(module) if n not in dense and not t.is_meta}
+    names: dict[str, list[str]] = {name: [name] for name in dense}
+    for other, first in aliases(module).items():
+        if first in names:
+            names[first].append(other)
+    tensors = {name: placement.put(value(name), *spellings) for name, spellings in names.items()}
+    if not placement.several:
+        tensors |= {n: t.to(device) for n, t in named_tensors(module) if n not in dense and not t.is_meta}
     source = ModelSource(module, value, path, contents.stored_as, half)
 
     def graph() -> fx.GraphModule:
+        if placement.several:
+            raise ConfigError("a model on several devices has no one graph: load it without device_map")
         captured = capture(ModelSource(model, lambda n: dict(named_tensors(model))[n]), sample, None, device)
         attributes = {str(n.target): captured.weights[str(n.target)] for n in captured.parameters().values()}
         return fx.GraphModule(attributes, captured.fx)
 
     model = assemble(module, tensors, lowered, stacks, Compilation(source, report, None, graph, sample))
+    placement.dispatch(model)
     return model
 
 

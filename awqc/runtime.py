@@ -45,7 +45,8 @@ class QuantLinear(PackedModule):
     def dequantize(self) -> Tensor:
         """The weight ``(N, K)`` that takes inputs as they come."""
         weight = self.unpack()[0].dequantize(self.dtype)
-        return weight if self.input_scale is None else (weight * self.input_scale).to(self.dtype)
+        with self.resident():
+            return weight if self.input_scale is None else (weight * self.input_scale).to(self.dtype)
 
     def extra_repr(self) -> str:
         bias = self._buffers.get("bias") is not None
@@ -77,8 +78,8 @@ class LinearWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where the packed weight is."""
-        return next(self._linear.buffers()).device
+        """Where the packed weight runs."""
+        return self._linear.device
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """As :meth:`torch.Tensor.size`."""

@@ -94,7 +94,9 @@ SEVERAL: list[tuple[int, Callable[..., Tensor]]] = [
 EXPERTS = 3
 
 
-def _experts(draw: random.Random, h: Tensor, router: nn.Linear, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
+def _experts(
+    draw: random.Random, h: Tensor, router: nn.Linear, up: Tensor, bias: Tensor, down: Tensor
+) -> Tensor:
     """A mixture of experts over the tokens of ``h``, in one of several ways of writing it."""
     flat, grouped = h.flatten(0, 1), torch.ops.awqc.grouped_linear
     experts, order = router(flat)[:, :EXPERTS].topk(2)[1].flatten().sort()

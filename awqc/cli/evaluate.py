@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from awqc.cli.options import Backend, Column, Debug, Device, Dtype, Json, Model, Split
+from awqc.cli.options import (
+    Backend,
+    Column,
+    Debug,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    MaxMemory,
+    Model,
+    OffloadFolder,
+    Split,
+)
 from awqc.cli.output import Bars, print_json, stdout
 
 
@@ -38,18 +50,22 @@ def evaluate(
     backend: Backend = "auto",
     device: Device = "cpu",
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Perplexity of MODEL, float or quantized, on a text, and with --against its distance to ORIGINAL."""
     with Bars("reading the model") as bars:
         from awqc.calibration import all_tokens
-        from awqc.cli.models import open_model
+        from awqc.cli.models import Division, open_model
         from awqc.evaluate import compare, perplexity
         from awqc.source import load_tokenizer
 
-        module = open_model(model, backend, device, dtype)
-        original = open_model(against, backend, device, dtype) if against is not None else None
+        division = Division(device_map, max_memory, offload_folder)
+        module = open_model(model, backend, device, dtype, division)
+        original = open_model(against, backend, device, dtype, division) if against is not None else None
         ids = all_tokens(
             text, tokenizer=load_tokenizer(model), split=split, column=column, max_tokens=max_tokens
         )

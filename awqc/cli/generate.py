@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from awqc.cli.options import Backend, Debug, Device, Dtype, Json, Model, Seed
+from awqc.cli.options import (
+    Backend,
+    Debug,
+    Device,
+    DeviceMap,
+    Dtype,
+    Json,
+    MaxMemory,
+    Model,
+    OffloadFolder,
+    Seed,
+)
 from awqc.cli.output import Bars, print_json, stderr
 from awqc.errors import ConfigError
 
@@ -49,15 +60,20 @@ def generate(
     backend: Backend = "auto",
     device: Device = "cpu",
     dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
+    offload_folder: OffloadFolder = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Continue a prompt with MODEL, float or quantized."""
     with Bars("reading the model"):
-        from awqc.cli.models import open_model
+        from awqc.cli.models import Division, open_model
         from awqc.source import load_tokenizer
 
-        module, tokenizer = open_model(model, backend, device, dtype), load_tokenizer(model)
+        division = Division(device_map, max_memory, offload_folder)
+        module = open_model(model, backend, device, dtype, division)
+        tokenizer = load_tokenizer(model)
     streamer = None if json else _streamer(tokenizer, chat)
     written = write(module, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, chat, streamer)
     if json:
@@ -89,7 +105,9 @@ def write(
     """
     import torch
 
-    ids = _encode(tokenizer, prompt, chat).to(model.device)
+    # Weights that are offloaded are on meta; inputs may then be anywhere.
+    device = "cpu" if model.device.type == "meta" else model.device
+    ids = _encode(tokenizer, prompt, chat).to(device)
     _check_length(model, ids.shape[1], max_new_tokens)
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,46 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def open_model(path: Path, backend: str = "auto", device: str = "cpu", dtype: str | None = None) -> Any:
+@dataclass(frozen=True)
+class Division:
+    """``--device-map`` and what belongs to it, as given."""
+
+    device_map: str | None = None
+    max_memory: str | None = None
+    offload_folder: Path | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As :func:`awqc.load` and ``from_pretrained`` take them; empty without a map.
+
+        Raises:
+            ConfigError: if a size cannot be read, or there is no map.
+        """
+        if self.device_map is None:
+            if self.max_memory is not None or self.offload_folder is not None:
+                raise ConfigError("--max-memory and --offload-folder divide a model: give --device-map too")
+            return {}
+        found: dict[str, Any] = {"device_map": self.device_map}
+        if self.max_memory is not None:
+            found["max_memory"] = dict(map(_size, self.max_memory.split(",")))
+        if self.offload_folder is not None:
+            found["offload_folder"] = self.offload_folder
+        return found
+
+
+def _size(text: str) -> tuple[int | str, str]:
+    place, equals, size = (part.strip() for part in text.partition("="))
+    if not equals or not place or not size:
+        raise ConfigError(f"--max-memory: {text!r} is no size of a place: write 0=10GB,cpu=30GB")
+    return int(place) if place.isdigit() else place, size
+
+
+def open_model(
+    path: Path,
+    backend: str = "auto",
+    device: str = "cpu",
+    dtype: str | None = None,
+    division: Division | None = None,
+) -> Any:
     """A causal language model that runs, read from a float or a quantized checkpoint.
 
     Raises:
@@ -52,8 +92,12 @@ def open_model(path: Path, backend: str = "auto", device: str = "cpu", dtype: st
     if dtype is not None and dtype not in _DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(_DTYPES)}")
     chosen = _DTYPES[dtype] if dtype is not None else None
+    divided = (division or Division()).arguments()
     if path.is_dir() and open_checkpoint(path).format is not None:
-        return load(path, backend, device=place, dtype=chosen)
+        return load(path, backend, device=place, dtype=chosen, **divided)
     source = open_source(path)
+    if divided:
+        cls: Any = type(source.module)
+        return cls.from_pretrained(path, dtype=chosen or source.dtype, **divided).eval()
     usual = torch.float32 if place.type == "cpu" else source.half
     return source.materialized().to(place, chosen or usual)

@@ -42,6 +42,28 @@ Dtype = Annotated[
         "unless given.",
     ),
 ]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="Instead of --device: auto, balanced, balanced_low_0 or sequential.",
+        show_default=False,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZES",
+        help="With --device-map: what weights may take, such as '0=10GB,1=10GB,cpu=30GB'.",
+        show_default=False,
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="With --device-map: where weights go that fit in no memory.", show_default=False
+    ),
+]
 Split = Annotated[
     str | None, typer.Option(metavar="NAME", help="Split, where the text is a data set.", show_default=False)
 ]
