@@ -54,7 +54,7 @@ def test_the_sources_are_found() -> None:
 # -- no architecture by name -------------------------------------------------------------------------------
 
 #: Model types of transformers that are ordinary words.
-WORDS = {"bit", "clip", "ctrl", "git"}
+WORDS = {"align", "bit", "clip", "ctrl", "git"}
 #: The demo ships one model, and says which.
 SHIPS_A_MODEL = {"awqc/demo/__init__.py", "awqc/cli/demo.py"}
 
