@@ -93,7 +93,7 @@ class Flow:
         found = (self.values.get(source) for source in node.all_input_nodes)
         routings = [v.routing for v in found if isinstance(v, Scaled) and v.routing is not None]
         if not routings or knows_rows(rule):
-            return rule(Op(node, self))
+            return self._checked(rule, Op(node, self))
         one = routings[0]
         if any(routing.key is not one.key for routing in routings):
             self._refuse_all(node, "rows of different routings meet")
@@ -101,7 +101,7 @@ class Flow:
         on_rows = RowOp(node, self)
         moved = rule(on_rows)
         joined = {n: Routing(one.key, rows, one.offsets) for n, rows in on_rows.joined.items()}
-        value = rule(Op(node, self, joined))
+        value = self._checked(rule, Op(node, self, joined))
         if on_rows.reason is not None:
             self._refuse_all(node, f"rows that different experts serve are mixed: {on_rows.reason}")
             return None
@@ -109,6 +109,15 @@ class Flow:
             rows = moved if isinstance(moved, list) else [None] * len(value)
             return [self._routed(node, v, r, one) for v, r in zip(value, rows, strict=True)]
         return self._routed(node, value, moved if isinstance(moved, Scaled) else None, one)
+
+    def _checked(self, rule: Rule, op: Op) -> Value:
+        """What ``rule`` says; an operand that it has not asked about may not be scaled."""
+        value = rule(op)
+        for source in op.node.all_input_nodes:
+            if source in self.values and source not in op.asked:
+                reason = f"what a scale of {source} does to the result is not followed"
+                self._refuse(self.values[source], Refusal(reason, op.node.name, op_name(op.node)))
+        return value
 
     def _routed(
         self, node: fx.Node, value: Scaled | None, rows: Scaled | None, one: Routing

@@ -49,6 +49,8 @@ class Op:
         self.node = node
         self._flow = flow
         self._routings = routings
+        #: Operands that the rule has asked about.
+        self.asked: set[fx.Node] = set()
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -61,12 +63,20 @@ class Op:
 
     def value(self, operand: Any) -> Scaled | None:
         """Abstract value of an operand node; None when it is not scaled (or not a tensor)."""
-        found = self._flow.values.get(operand) if isinstance(operand, fx.Node) else None
+        found = self.values(operand)
         return found if isinstance(found, Scaled) else None
 
     def values(self, operand: Any) -> Value:
         """Like :meth:`value` for operands that are lists of tensors."""
-        return self._flow.values.get(operand) if isinstance(operand, fx.Node) else None
+        if not isinstance(operand, fx.Node):
+            return None
+        self.asked.add(operand)
+        return self._flow.values.get(operand)
+
+    def ignore(self, operand: Any) -> None:
+        """Say that no scale of ``operand`` changes the result. An operand that a rule neither asks about
+        nor ignores is refused."""
+        self.values(operand)
 
     def constant(self, operand: Any) -> Tensor | None:
         """The value of an operand that is written in the forward, such as a list of indices; else None."""
@@ -94,6 +104,7 @@ class Op:
         """
         if not isinstance(operand, fx.Node):
             return False
+        self.asked.add(operand)
         wanted = Scaled(ids, degree, self._routings.get(operand))
         return self._flow.join(operand, wanted, computed)
 

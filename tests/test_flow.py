@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import awqc
+from awqc import rules
 from awqc.flow import Flow, seeds
 from awqc.rules.movement import reshaped
 from awqc.scaled import Scaled, compact
 from awqc.sites import find_sites
-from tests.nets import WIDTH, Net, inputs, linear, norm
+from tests.nets import WIDTH, Net, analyze, inputs, linear, members, norm, refusals
 
 # -- abstract values -------------------------------------------------------------------------------------
 
@@ -134,3 +135,15 @@ def test_a_later_reader_of_a_joined_parameter_is_judged_too() -> None:
     flow, _ = follow(net, "n.weight")
     assert not flow.alive.any()
     assert [str(r) for r in flow.refusals] == ["aten.add (add_1): is added to x, which is not scaled along"]
+
+
+def test_an_operand_that_a_rule_does_not_ask_about_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a rule that forgets one refuses too much, and never too little."""
+    net = Net(
+        lambda m, x: m.second(torch.mul(x, m.gain)), gain=nn.Parameter(torch.ones(WIDTH)), second=linear()
+    )
+    assert members(analyze(net)) == {"gain": ("second.weight",)}
+    monkeypatch.setitem(rules._RULES, torch.ops.aten.mul.Tensor, lambda op: op.value(op.args[0]))
+    assert refusals(analyze(net)) == {
+        "second.weight": "aten.mul (mul): what a scale of gain does to the result is not followed"
+    }

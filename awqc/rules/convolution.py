@@ -25,6 +25,9 @@ _IMAGE = example(2, 4, 5, 5)
     samples=[
         Sample((_X, _DENSE, example(6)), scale={0: _CHANNELS}, parameters=(1, 2)),
         Sample((_X, _DENSE), scale={0: _CHANNELS}, alive=0),
+        Sample(
+            (_X, _DENSE, example(6)), scale={0: _CHANNELS, 2: _ROWS[:, 0, 0] + 4}, parameters=(1, 2), alive=4
+        ),
         Sample((_X, _DENSE, example(6)), scale={1: _ROWS}, parameters=(1, 2)),
         Sample((_X, _DENSE, example(6)), scale={1: _ROWS}, parameters=(1,), alive=0),
         Sample((_X, _DENSE), scale={1: _CHANNELS}, parameters=(1,), alive=0),
@@ -78,8 +81,8 @@ def convolve(op: Op) -> Value:
         elif not _cancels(value, rows, groups):
             op.poison(value, "the weight that reads it is scaled otherwise")
             op.poison(rows, "its input is scaled otherwise")
-        return None
-    if value is not None and rows is not None:
+        value = rows = None
+    elif value is not None and rows is not None:
         op.poison(rows, "its input is scaled already")
         rows = None
     if value is None and rows is None:

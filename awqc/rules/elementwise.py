@@ -50,6 +50,8 @@ _PAIRS = torch.arange(8, dtype=torch.int32) // 2
 )
 def homogeneous(op: Op) -> Value:
     """``f(x / s) = f(x) / s`` for every positive ``s``."""
+    if op.node.target is aten.type_as.default:
+        op.ignore(op.args[1])
     if op.node.target is aten.dropout.default and op.arg(2):
         op.poison(op.value(op.args[0]), "dropout is active")
         return None

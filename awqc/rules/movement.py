@@ -221,9 +221,14 @@ def join_tensors(op: Op) -> Value:
     return Scaled(call_on(op.node, ids), degrees.pop())
 
 
-@rule(aten.expand_as.default, aten.view_as.default, samples=[Sample((_X, _X), scale=_LAST)])
+@rule(
+    aten.expand_as.default,
+    aten.view_as.default,
+    samples=[Sample((_X, _X), scale=_LAST), Sample((_X, _X), scale={1: _LAST[0]})],
+)
 def like_another(op: Op) -> Value:
     """The shape of the second operand."""
+    op.ignore(op.args[1])
     value = op.value(op.args[0])
     if value is None:
         return None
