@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from awqc.backend import Backend, LinearShape, PackedLinear, register_backend
+from awqc.backends.triton import TritonBackend, pack_experts
 from awqc.kernels.qlinear_exllama import ExLlama
 from awqc.quantized import QuantizedWeight
 
@@ -18,13 +19,20 @@ class ExLlamaBackend(Backend):
 
     priority: ClassVar[int] = 4
 
+    runs_experts: ClassVar[bool] = True
+
     def refuses(self, shape: LinearShape) -> str | None:
         scheme = shape.scheme
-        return ExLlama.legal(
+        reason = ExLlama.legal(
             shape.out_features, shape.in_features, scheme.bits, scheme.group_size, shape.dtype, shape.device
         )
+        if reason is None and shape.expert_count is not None:
+            return TritonBackend().refuses(shape)
+        return reason
 
     def pack(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        if weight.expert_count is not None:
+            return pack_experts(weight, dtype)
         scheme = weight.scheme
         tensors, constants = ExLlama.pack(
             weight.codes, weight.scales, weight.zeros, bias, scheme.bits, scheme.group_size
@@ -32,6 +40,8 @@ class ExLlamaBackend(Backend):
         return PackedLinear(op=ExLlama.op, tensors=tensors, constants=constants)
 
     def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:
+        if shape.expert_count is not None:
+            return TritonBackend().unpack(packed, shape)
         codes, scales, zeros = ExLlama.unpack(
             packed.tensor("words"),
             packed.tensor("scales"),

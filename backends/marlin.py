@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from awqc.backend import Backend, LinearShape, PackedLinear, register_backend
+from awqc.backends.triton import TritonBackend, pack_experts
 from awqc.kernels import marlin_layout
 from awqc.kernels.nvrtc import available
 from awqc.kernels.qlinear_marlin import Marlin
@@ -22,6 +23,8 @@ class MarlinBackend(Backend):
 
     priority: ClassVar[int] = 30
 
+    runs_experts: ClassVar[bool] = True
+
     def refuses(self, shape: LinearShape) -> str | None:
         reason = Marlin.legal(
             shape.out_features,
@@ -33,9 +36,13 @@ class MarlinBackend(Backend):
         )
         if reason is None and not available():
             return "needs NVRTC, which torch's CUDA builds bring along: pip install nvidia-cuda-nvrtc"
+        if reason is None and shape.expert_count is not None:
+            return TritonBackend().refuses(shape)
         return reason
 
     def pack(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
+        if weight.expert_count is not None:
+            return pack_experts(weight, dtype)
         scheme = weight.scheme
         tensors, constants = Marlin.pack(
             weight.codes, weight.scales, weight.zeros, bias, scheme.bits, scheme.group_size
@@ -50,6 +57,8 @@ class MarlinBackend(Backend):
         )
 
     def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:
+        if shape.expert_count is not None:
+            return TritonBackend().unpack(packed, shape)
         scale_dtype = torch.bfloat16 if packed.constants[2] else torch.float16
         codes, scales, zeros = marlin_layout.unpack(
             packed.tensor("packed"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from awqc.backend import Backend, LinearShape, PackedLinear, register_backend
+from awqc.kernels.qexperts_triton import TritonExperts
 from awqc.kernels.qlinear_triton import TritonGemm, interpreted
 from awqc.quantized import QuantizedWeight
 
@@ -18,6 +20,7 @@ class TritonBackend(Backend):
 
     #: Interpreted kernels are there to be tested: nobody else should get them unasked.
     priority: ClassVar[int] = -1 if interpreted() else 6
+    runs_experts: ClassVar[bool] = True
 
     def refuses(self, shape: LinearShape) -> str | None:
         scheme = shape.scheme
@@ -27,17 +30,25 @@ class TritonBackend(Backend):
 
     def pack(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear:
         scheme = weight.scheme
-        tensors, constants = TritonGemm.pack(
+        kernel = TritonGemm if weight.expert_count is None else TritonExperts
+        tensors, constants = kernel.pack(
             weight.codes, weight.scales, weight.zeros, bias, scheme.bits, scheme.group_size
         )
-        return PackedLinear(op=TritonGemm.op, tensors=tensors, constants=constants)
+        return PackedLinear(op=kernel.op, tensors=tensors, constants=constants)
 
     def unpack(self, packed: PackedLinear, shape: LinearShape) -> tuple[QuantizedWeight, Tensor | None]:
-        codes, scales, zeros = TritonGemm.unpack(
+        kernel = TritonGemm if shape.expert_count is None else TritonExperts
+        codes, scales, zeros = kernel.unpack(
             packed.tensor("packed"),
             packed.tensor("scales"),
             packed.tensor("zeros"),
             shape.out_features,
             shape.in_features,
         )
-        return QuantizedWeight(codes, scales, zeros, shape.scheme), packed.tensors["bias"]
+        return QuantizedWeight(codes, scales, zeros, shape.scheme), packed.tensors.get("bias")
+
+
+def pack_experts(weight: QuantizedWeight, dtype: torch.dtype) -> PackedLinear:
+    """The ``(E, N, K)`` of experts for a backend without a kernel of its own for them."""
+    packed = TritonBackend().pack(weight, None, dtype)
+    return replace(packed, notes=("the linears of experts run on the Triton kernel",))

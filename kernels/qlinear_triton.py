@@ -70,10 +70,20 @@ class Tile:
     stages: int
     programs: int
 
-    def shares(self, tokens: int, rows: int, blocks: int, processors: int) -> int:
+    def shares(self, token_tiles: int, rows: int, blocks: int, processors: int) -> int:
         """Shares of the ``blocks`` of K with which tiles of ``rows`` fill the device, but not twice."""
-        tiles = math.ceil(tokens / self.block_m) * math.ceil(rows / self.block_n)
+        tiles = token_tiles * math.ceil(rows / self.block_n)
         return max(1, min(processors * self.programs // tiles, blocks))
+
+    def constants(self, n: int) -> dict[str, Any]:
+        """Arguments that say how kernels cut a weight of ``n`` rows."""
+        return {
+            "block_m": self.block_m,
+            "block_n": self.block_n,
+            "stages": self.stages,
+            "whole_n": n % self.block_n == 0,
+            "num_warps": self.warps,
+        }
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,11 @@ class Target:
     ptx: bool
     dependent: bool
 
+    def launch(self) -> dict[str, bool]:
+        """Arguments of every launch."""
+        # launch_pdl is known to Triton for NVIDIA alone.
+        return {"dependent": True, "launch_pdl": True} if self.dependent else {"dependent": False}
+
 
 @functools.cache
 def target(device: torch.device) -> Target:
@@ -105,10 +120,10 @@ def target(device: torch.device) -> Target:
 
 @dataclass(frozen=True)
 class Weight:
-    """A packed weight ``(n, k)``, as the op takes it.
+    """A packed weight ``(n, k)``, as the op takes it, or a stack ``(E, n, k)`` of them.
 
     Args:
-        packed: ``(blocks, rows, width)`` int16.
+        packed: ``(blocks, rows, width)`` int16; of a stack ``(E, ...)``, as are the others.
         scales: ``(G, rows)`` floating.
         zeros: ``(G, rows)`` uint8.
         n, k: features.
@@ -124,7 +139,7 @@ class Weight:
 
     def operands(self) -> dict[str, Any]:
         """Arguments that every kernel on the weight takes."""
-        blocks, rows, width = self.packed.shape
+        blocks, rows, width = self.packed.shape[-3:]
         group = group_channels(self.group_size, self.k)
         if group == self.k:  # padded channels belong to the one group too
             group = blocks * PLANES * width
@@ -135,7 +150,7 @@ class Weight:
             "n": self.n,
             "k": self.k,
             "rows": rows,
-            "groups": self.scales.shape[0],
+            "groups": self.scales.shape[-2],
             "group": group,
             "run": next(r for r in (4, 2, 1) if group % (r * width) == 0),
             "width": width,
@@ -146,14 +161,12 @@ class Weight:
 
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile) -> Tensor:
     """``x @ W.T + bias`` for ``x`` ``(M, K)`` contiguous float16 or bfloat16, by tiles: ``(M, N)``."""
-    from awqc.kernels.jit.gemm_triton import add_shares, gemm
+    from awqc.kernels.jit.gemm_triton import gemm
 
     m = x.shape[0]
     y = x.new_empty(m, weight.n)
     at = target(x.device)
-    # launch_pdl is known to Triton for NVIDIA alone.
-    launch = {"dependent": True, "launch_pdl": True} if at.dependent else {"dependent": False}
-    shares = tile.shares(m, weight.n, weight.packed.shape[0], at.processors)
+    shares = tile.shares(math.ceil(m / tile.block_m), weight.n, weight.packed.shape[0], at.processors)
     partial = y if shares == 1 else x.new_empty(shares, m, weight.n, dtype=torch.float32)
     gemm[math.ceil(weight.n / tile.block_n), shares, math.ceil(m / tile.block_m)](
         x_ptr=x,
@@ -161,30 +174,34 @@ def multiply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile) -> Tens
         y_ptr=partial,
         m=m,
         **weight.operands(),
-        block_m=tile.block_m,
-        block_n=tile.block_n,
-        stages=tile.stages,
-        whole_n=weight.n % tile.block_n == 0,
+        **tile.constants(weight.n),
         partial=shares > 1,
         has_bias=bias is not None,
         widen=interpreted(),
-        num_warps=tile.warps,
-        **launch,
+        **at.launch(),
     )
     if shares > 1:
-        block = 256 if y.numel() <= 256 * at.processors else 1024
-        add_shares[(math.ceil(y.numel() / block),)](
-            partial_ptr=partial,
-            bias_ptr=partial if bias is None else bias,
-            y_ptr=y,
-            size=y.numel(),
-            n=weight.n,
-            shares=shares,
-            block=block,
-            has_bias=bias is not None,
-            **launch,
-        )
+        join(y, partial, bias)
     return y
+
+
+def join(y: Tensor, partial: Tensor, bias: Tensor | None) -> None:
+    """``y = partial.sum(0) + bias``: ``(shares, M, N)`` float32 added first to last, ``y`` ``(M, N)``."""
+    from awqc.kernels.jit.gemm_triton import add_shares
+
+    at = target(y.device)
+    block = 256 if y.numel() <= 256 * at.processors else 1024
+    add_shares[(math.ceil(y.numel() / block),)](
+        partial_ptr=partial,
+        bias_ptr=partial if bias is None else bias,
+        y_ptr=y,
+        size=y.numel(),
+        n=y.shape[1],
+        shares=partial.shape[0],
+        block=block,
+        has_bias=bias is not None,
+        **at.launch(),
+    )
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,20 @@ from awqc.lowering import lower_linear
 from awqc.quantized import QuantizedWeight, Scheme, quantize, stack
 
 CPU = torch.device("cpu")
-ABLE = [name for name, backend in backends().items() if backend.runs_experts]
+#: Where experts run here, with the first dtype that each backend takes there.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ABLE = {
+    name: dtypes[0]
+    for name, backend in backends().items()
+    if backend.runs_experts
+    and (
+        dtypes := [
+            dtype
+            for dtype in (torch.float32, torch.float16)
+            if backend().refuses(LinearShape(48, 128, Scheme(4, 32), dtype, DEVICE, 3)) is None
+        ]
+    )
+}
 
 
 def experts(scheme: Scheme, n: int = 48, k: int = 128) -> QuantizedWeight:
@@ -25,26 +38,35 @@ def experts(scheme: Scheme, n: int = 48, k: int = 128) -> QuantizedWeight:
 @pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(3, 64), Scheme(4, -1, zero_point=False)], ids=str)
 def test_the_way_back_is_exact(name: str, scheme: Scheme) -> None:
     weight = experts(scheme)
-    lowered = lower_linear(weight, None, torch.float32, CPU, name)
+    lowered = lower_linear(weight, None, ABLE[name], DEVICE, name)
     assert lowered.backend.name == name
     found, bias = lowered.backend.unpack(lowered.packed, lowered.shape)
     assert bias is None
-    assert torch.equal(found.codes, weight.codes)
-    assert torch.equal(found.scales, weight.scales)
-    assert torch.equal(found.zeros, weight.zeros)
-    assert lowered.shape == LinearShape(48, 128, scheme, torch.float32, CPU, 3)
+    assert torch.equal(found.codes.cpu(), weight.codes)
+    assert torch.equal(found.scales.cpu(), weight.scales)
+    assert torch.equal(found.zeros.cpu(), weight.zeros)
+    assert lowered.shape == LinearShape(48, 128, scheme, ABLE[name], DEVICE, 3)
 
 
 @pytest.mark.parametrize("name", ABLE)
 def test_rows_by_expert(name: str) -> None:
     weight, offsets = experts(Scheme(4, 32)), torch.tensor([10, 11, 14])
-    x = torch.randn(14, 128, generator=torch.Generator().manual_seed(0))
-    packed = lower_linear(weight, None, torch.float32, CPU, name).packed
-    got = packed.op(x, offsets, *packed.tensors.values(), *packed.constants)
-    dense = weight.dequantize()
+    x = torch.randn(14, 128, generator=torch.Generator().manual_seed(0)).to(ABLE[name])
+    packed = lower_linear(weight, None, ABLE[name], DEVICE, name).packed
+    got = (
+        packed.op(x.to(DEVICE), offsets.to(DEVICE), *packed.tensors.values(), *packed.constants).cpu().float()
+    )
+    dense, x = weight.dequantize(), x.float()
     parts = x[:10] @ dense[0].T, x[10:11] @ dense[1].T, x[11:] @ dense[2].T
     # Operands, scales and results may be rounded to bfloat16, each once.
     assert (got - torch.cat(parts)).norm() <= 4 * torch.finfo(torch.bfloat16).eps / 2 * got.norm()
+
+
+@pytest.mark.parametrize("name", ["marlin", "exllama"])
+def test_experts_of_a_backend_without_a_kernel_for_them_say_what_runs(name: str) -> None:
+    packed = backends()[name]().pack(experts(Scheme(4, 32)), None, torch.float16)
+    assert packed.op is backends()["triton"]().pack(experts(Scheme(4, 32)), None, torch.float16).op
+    assert packed.notes == ("the linears of experts run on the Triton kernel",)
 
 
 def test_a_backend_without_an_op_for_experts_is_replaced_by_the_reference() -> None:

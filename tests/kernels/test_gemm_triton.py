@@ -43,7 +43,7 @@ def test_shares_fill_the_device_once(
     tokens: int, rows: int, blocks: int, processors: int, shares: int
 ) -> None:
     tile = Tile(block_m=8, block_n=32, warps=2, stages=3, programs=8)
-    assert tile.shares(tokens, rows, blocks, processors) == shares
+    assert tile.shares(-(-tokens // 8), rows, blocks, processors) == shares
 
 
 @pytest.mark.parametrize("programs", [1, 2, 8])

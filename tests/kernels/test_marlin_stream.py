@@ -42,13 +42,16 @@ PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90a": 132}
 def variants(arch: str) -> list[dict[str, int | str]]:
     """Macros of all tilings that weights of usual sizes are cut into; dtypes and groups go round."""
     sizes = itertools.product(
-        (64, 1024, 4096, 6144, 8192, 11008, 14336, 28672, 128256), (128, 512, 4096, 8192, 14336, 28672)
+        (64, 1024, 4096, 6144, 8192, 11008, 14336, 28672, 128256), (128, 4096, 14336, 28672), (1, 8, 16)
     )
-    dtypes = itertools.cycle(itertools.product((0, 1), (0, 1)))
+    dtypes, groups = (
+        itertools.cycle(itertools.product((0, 1), (0, 1))),
+        itertools.cycle((128, 64, 128, 32, 128)),
+    )
     found: dict[object, dict[str, int | str]] = {}
-    for (n, k), tokens, group in itertools.product(sizes, (1, 8, 16), (128, 64, 32)):
+    for (n, k, tokens), group in zip(sizes, groups, strict=False):
         tiling = tile(-(-n // 64), -(-k // 128), tokens, group, PROCESSORS[arch], LIMITS[arch])
-        key = (tiling, tile_tokens(tokens), group if tiling.rounds == 1 and tiling.split == 1 else 0)
+        key = (tiling, tile_tokens(tokens))
         if key not in found:
             bfloat16, bfloat16_scales = next(dtypes)
             found[key] = {
