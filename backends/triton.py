@@ -10,7 +10,8 @@ from torch import Tensor
 
 from awqc.backend import Backend, LinearShape, PackedLinear, register_backend
 from awqc.kernels.qexperts_triton import TritonExperts
-from awqc.kernels.qlinear_triton import TritonGemm, interpreted
+from awqc.kernels.qlinear_triton import TritonGemm
+from awqc.kernels.triton_call import interpreted
 from awqc.quantized import QuantizedWeight
 
 

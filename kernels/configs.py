@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from awqc.kernels.hardware import file_name
 
 #: The most tokens that each entry serves, ascending, and the entry: keyword arguments of a launch.
 Table = Mapping[int, Mapping[str, int]]
@@ -22,20 +23,21 @@ Table = Mapping[int, Mapping[str, int]]
 _FOLDER = Path(__file__).parent
 
 
-def cache_file(device: torch.device) -> Path:
+def cache_file(device: torch.device | str) -> Path:
     """Where the autotuner keeps its results for ``device``: in ``AWQC_KERNEL_CACHE``, or the user's cache."""
     folder = os.environ.get("AWQC_KERNEL_CACHE") or Path.home() / ".cache" / "awqc" / "kernels"
     return Path(folder) / f"tuned_{device_name(device)}.json"
 
 
-def device_name(device: torch.device) -> str:
-    """The name of a device as it stands in file names: ``nvidia_h200``."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return re.sub(r"[^a-z0-9]+", "_", name.lower())
+def device_name(device: torch.device | str) -> str:
+    """The name of a device as it stands in file names, which may be given instead: ``nvidia_h200``."""
+    if isinstance(device, str):
+        return device
+    return file_name(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
 
 
 @functools.cache
-def measured(kernel: str, device: torch.device) -> Table:
+def measured(kernel: str, device: torch.device | str) -> Table:
     """The table that was measured for ``kernel`` on devices like ``device``, or on another."""
     own = _FOLDER / f"configs_{device_name(device)}.json"
     for file in (own, _FOLDER / "configs_default.json"):
@@ -51,7 +53,7 @@ def _tuned(file: Path) -> dict[str, Table]:
     return {key: _table(table) for key, table in json.loads(file.read_text(encoding="utf-8")).items()}
 
 
-def tuned(key: str, device: torch.device) -> Table | None:
+def tuned(key: str, device: torch.device | str) -> Table | None:
     """What :func:`keep` was given for ``key`` on a device of this name, in this process or another."""
     return _tuned(cache_file(device)).get(key)
 

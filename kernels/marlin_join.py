@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from awqc.kernels.cuda_launch import kernel
+from awqc.kernels.launch import Launch, nbytes
+from awqc.kernels.machine_code import CudaCode
 
 _THREADS = 256
 
@@ -20,21 +22,45 @@ def join(out: Tensor, partials: Tensor, bias: Tensor | None, dependent: bool) ->
         dependent: let the launch begin before the kernel ahead has ended (compute capability 9.0 on).
     """
     split, tokens, n = partials.shape
-    width = 1 if n % 4 else 4
-    run = kernel(
-        "marlin_join.cu",
-        "join",
-        "PPPii",
-        out.device,
-        dependent=dependent,
-        BF16=int(out.dtype == torch.bfloat16),
-        SPLIT=split,
-        WIDTH=width,
-        HOPPER=int(dependent),
-    )
+    defines = _macros(split, n, out.dtype, dependent)
+    run = kernel("marlin_join.cu", "join", "PPPii", out.device, dependent=dependent, **defines)
     elements = tokens * n
     run.launch(
-        (-(-elements // (_THREADS * width)),),
+        _grid(elements, n),
         (_THREADS,),
         (out.data_ptr(), partials.data_ptr(), 0 if bias is None else bias.data_ptr(), elements, n),
     )
+
+
+def join_launch(
+    split: int, tokens: int, n: int, dtype: torch.dtype, bias: Tensor | None, dependent: bool
+) -> Launch:
+    """The launch of :func:`join` for partial sums ``(split, tokens, n)``."""
+    elements = tokens * n
+    return Launch(
+        "marlin_join.cu:join",
+        4 * split * elements + nbytes(bias),
+        dtype.itemsize * elements,
+        grid=_grid(elements, n),
+        block=(_THREADS,),
+        config={"split": split},
+        code=CudaCode("marlin_join.cu", "join", _macros(split, n, dtype, dependent)),
+    )
+
+
+def _macros(split: int, n: int, dtype: torch.dtype, dependent: bool) -> dict[str, int]:
+    return {
+        "BF16": int(dtype == torch.bfloat16),
+        "SPLIT": split,
+        "WIDTH": _width(n),
+        "HOPPER": int(dependent),
+    }
+
+
+def _width(n: int) -> int:
+    """Elements of a thread."""
+    return 1 if n % 4 else 4
+
+
+def _grid(elements: int, n: int) -> tuple[int]:
+    return (-(-elements // (_THREADS * _width(n))),)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
+from awqc.kernels.hardware import hardware
+from awqc.kernels.launch import Launch, nbytes
+from awqc.kernels.machine_code import CudaCode
 from awqc.kernels.marlin_stream import aligned
 from awqc.kernels.marlin_wide import TILE_TOKENS
 
@@ -73,9 +76,8 @@ def tile(
 @functools.cache
 def plan(row_blocks: int, columns: int, tokens: int, group: int, device: torch.device) -> PairTiling | None:
     """The tiling for ``tokens`` tokens on ``device``, or None: see :func:`tile`."""
-    properties = torch.cuda.get_device_properties(device)
-    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return tile(row_blocks, columns, tokens, group, properties.multi_processor_count, limit)
+    at = hardware(device)
+    return tile(row_blocks, columns, tokens, group, at.processors, at.shared_bytes)
 
 
 @functools.cache
@@ -91,12 +93,44 @@ def pair(
         shared=tiling.shared_bytes(group),
         cluster=2,
         dependent=True,
-        BF16=int(dtype == torch.bfloat16),
-        SCALE_BF16=int(bfloat16_scales),
-        GROUP=group,
-        TOKENS=tiling.tokens,
-        STAGES=tiling.stages,
+        **_macros(tiling, group, dtype, bfloat16_scales),
     )
+
+
+def _macros(tiling: PairTiling, group: int, dtype: torch.dtype, bfloat16_scales: bool) -> dict[str, int]:
+    return {
+        "BF16": int(dtype == torch.bfloat16),
+        "SCALE_BF16": int(bfloat16_scales),
+        "GROUP": group,
+        "TOKENS": tiling.tokens,
+        "STAGES": tiling.stages,
+    }
+
+
+def describe(
+    tiling: PairTiling,
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group: int,
+    bfloat16_scales: bool,
+) -> list[Launch]:
+    """The launch of :func:`multiply`."""
+    tokens = rows.shape[0]
+    return [
+        Launch(
+            "marlin_pair.cu:pair",
+            nbytes(rows, packed, bias),
+            tokens * n * rows.itemsize,
+            grid=(tiling.blocks(packed.shape[0], tokens),),
+            block=(_THREADS,),
+            shared=tiling.shared_bytes(group),
+            cluster=2,
+            config=asdict(tiling),
+            code=CudaCode("marlin_pair.cu", "pair", _macros(tiling, group, rows.dtype, bfloat16_scales)),
+        )
+    ]
 
 
 def multiply(

@@ -6,7 +6,7 @@ How a weight is cut for it is decided by its shape, the number of tokens (in pow
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,10 @@ from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
-from awqc.kernels.marlin_join import join
+from awqc.kernels.hardware import Hardware, hardware
+from awqc.kernels.launch import Launch, nbytes
+from awqc.kernels.machine_code import CudaCode
+from awqc.kernels.marlin_join import join, join_launch
 
 #: Bytes of shared memory at the start of a streaming block: for its alignment, and for its barriers.
 _BARRIERS = 2048
@@ -113,8 +116,8 @@ def tile(rows: int, columns: int, tokens: int, group: int, processors: int, limi
 
 @functools.cache
 def has_bulk_copies(device: torch.device) -> bool:
-    """Whether the device has what the Hopper paths are made of: bulk copies, clusters, dependent launches."""
-    return torch.cuda.get_device_capability(device)[0] == 9
+    """See :attr:`awqc.kernels.hardware.Hardware.has_bulk_copies`; kept, since every call asks."""
+    return hardware(device).has_bulk_copies
 
 
 @functools.cache
@@ -128,22 +131,10 @@ def stream(
     device: torch.device,
 ) -> Stream:
     """The launch for a weight of ``rows`` by ``columns`` blocks and up to 16 tokens, compiled and loaded."""
-    properties = torch.cuda.get_device_properties(device)
-    hopper = has_bulk_copies(device)
-    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    tiling = tile(rows, columns, tokens, group, properties.multi_processor_count, limit)
-    defines: dict[str, int | str] = {
-        "BF16": int(dtype == torch.bfloat16),
-        "SCALE_BF16": int(bfloat16_scales),
-        "GROUP": group,
-        "TOKENS": tile_tokens(tokens),
-        "WARPS": tiling.warps,
-        "STRIPS": tiling.strips,
-        "ROUNDS": tiling.rounds,
-        "SPLIT": tiling.split,
-        "DEPTH": tiling.depth,
-        "HOPPER": int(hopper),
-    }
+    at = hardware(device)
+    hopper, limit = at.has_bulk_copies, at.shared_bytes
+    tiling = tile(rows, columns, tokens, group, at.processors, limit)
+    defines = _macros(tiling, tokens, group, dtype, bfloat16_scales, hopper)
     main = kernel(
         "marlin_small.cu",
         "small",
@@ -155,6 +146,56 @@ def stream(
         **defines,
     )
     return Stream(main, tiling, tiling.blocks(rows * layout.STRIPS), hopper)
+
+
+def _macros(
+    tiling: Tiling, tokens: int, group: int, dtype: torch.dtype, bfloat16_scales: bool, hopper: bool
+) -> dict[str, int | str]:
+    return {
+        "BF16": int(dtype == torch.bfloat16),
+        "SCALE_BF16": int(bfloat16_scales),
+        "GROUP": group,
+        "TOKENS": tile_tokens(tokens),
+        "WARPS": tiling.warps,
+        "STRIPS": tiling.strips,
+        "ROUNDS": tiling.rounds,
+        "SPLIT": tiling.split,
+        "DEPTH": tiling.depth,
+        "HOPPER": int(hopper),
+    }
+
+
+def _launch_tokens(tokens: int) -> int:
+    """The tokens that a launch is made for: it changes with powers of two only."""
+    return min(1 << (tokens - 1).bit_length(), 16)
+
+
+def describe(
+    at: Hardware, rows: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int, bfloat16_scales: bool
+) -> list[Launch]:
+    """The launches of :func:`multiply`."""
+    tokens, most = rows.shape[0], _launch_tokens(rows.shape[0])
+    strips, columns, limit = packed.shape[0] * layout.STRIPS, packed.shape[1], at.shared_bytes
+    tiling = tile(packed.shape[0], columns, most, group, at.processors, limit)
+    joined = tiling.split > 1 and not at.has_bulk_copies
+    out = tokens * n * rows.itemsize
+    partial = tiling.split * tokens * n * 4
+    main = Launch(
+        "marlin_small.cu:small",
+        nbytes(rows, packed, None if joined else bias),
+        partial if joined else out,
+        grid=(tiling.blocks(strips), -(-tokens // 16)),
+        block=(tiling.warps * 32,),
+        shared=tiling.occupied_bytes(most, group, limit),
+        cluster=tiling.split if at.has_bulk_copies else 1,
+        config=asdict(tiling),
+        code=CudaCode(
+            "marlin_small.cu",
+            "small",
+            _macros(tiling, most, group, rows.dtype, bfloat16_scales, at.has_bulk_copies),
+        ),
+    )
+    return [main, join_launch(tiling.split, tokens, n, rows.dtype, bias, False)] if joined else [main]
 
 
 def multiply(
@@ -171,8 +212,7 @@ def multiply(
     out = rows.new_empty(tokens, n)
     if not tokens:
         return out
-    # Launches change with powers of two only.
-    most = min(1 << (tokens - 1).bit_length(), 16)
+    most = _launch_tokens(tokens)
     launch = stream(packed.shape[0], packed.shape[1], most, group, rows.dtype, bfloat16_scales, rows.device)
     own_bias = 0 if bias is None else bias.data_ptr()
     sizes = (tokens, n, packed.shape[0] * layout.STRIPS, packed.shape[1])

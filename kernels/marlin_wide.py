@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
-from awqc.kernels.marlin_join import join
+from awqc.kernels.hardware import Hardware, hardware
+from awqc.kernels.launch import Launch, nbytes
+from awqc.kernels.machine_code import CudaCode
+from awqc.kernels.marlin_join import join, join_launch
 from awqc.kernels.marlin_stream import aligned
 
 #: Threads of a block: two warpgroups that multiply, and one that copies.
@@ -98,9 +101,8 @@ def wide(
     device: torch.device,
 ) -> Wide:
     """The launch for a weight of ``row_blocks`` by ``columns`` blocks, compiled and loaded."""
-    properties = torch.cuda.get_device_properties(device)
-    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    tiling = tile(row_blocks, columns, tokens, group, properties.multi_processor_count, limit)
+    at = hardware(device)
+    tiling = tile(row_blocks, columns, tokens, group, at.processors, at.shared_bytes)
     main = kernel(
         "marlin_wide.cu",
         "wide",
@@ -108,14 +110,46 @@ def wide(
         device,
         shared=tiling.shared_bytes(group),
         dependent=True,
-        BF16=int(dtype == torch.bfloat16),
-        SCALE_BF16=int(bfloat16_scales),
-        GROUP=group,
-        TOKENS=tiling.tokens,
-        SPLIT=tiling.split,
-        STAGES=tiling.stages,
+        **_macros(tiling, group, dtype, bfloat16_scales),
     )
     return Wide(main, tiling)
+
+
+def _macros(tiling: WideTiling, group: int, dtype: torch.dtype, bfloat16_scales: bool) -> dict[str, int]:
+    return {
+        "BF16": int(dtype == torch.bfloat16),
+        "SCALE_BF16": int(bfloat16_scales),
+        "GROUP": group,
+        "TOKENS": tiling.tokens,
+        "SPLIT": tiling.split,
+        "STAGES": tiling.stages,
+    }
+
+
+def _launch_tokens(tokens: int) -> int:
+    """The tokens that a launch is made for: it changes with tiles of tokens only."""
+    size = tile_tokens(tokens)
+    return -(-tokens // size) * size
+
+
+def describe(
+    at: Hardware, rows: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int, bfloat16_scales: bool
+) -> list[Launch]:
+    """The launches of :func:`multiply`."""
+    tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
+    tiling = tile(row_blocks, columns, _launch_tokens(tokens), group, at.processors, at.shared_bytes)
+    joined = tiling.split > 1
+    main = Launch(
+        "marlin_wide.cu:wide",
+        nbytes(rows, packed, None if joined else bias),
+        tiling.split * tokens * n * 4 if joined else tokens * n * rows.itemsize,
+        grid=(tiling.blocks(row_blocks, tokens),),
+        block=(_THREADS,),
+        shared=tiling.shared_bytes(group),
+        config=asdict(tiling),
+        code=CudaCode("marlin_wide.cu", "wide", _macros(tiling, group, rows.dtype, bfloat16_scales)),
+    )
+    return [main, join_launch(tiling.split, tokens, n, rows.dtype, bias, True)] if joined else [main]
 
 
 def multiply(
@@ -130,9 +164,7 @@ def multiply(
     rows = aligned(rows)
     tokens = rows.shape[0]
     row_blocks, columns = packed.shape[:2]
-    # Launches change with tiles of tokens only.
-    size = tile_tokens(tokens)
-    whole = -(-tokens // size) * size
+    whole = _launch_tokens(tokens)
     launch = wide(row_blocks, columns, whole, group, rows.dtype, bfloat16_scales, rows.device)
     tiling = launch.tiling
     out = rows.new_empty(tokens, n)

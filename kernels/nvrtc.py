@@ -112,12 +112,7 @@ def compile_source(
     Raises:
         CompileError: with NVRTC's log, if the source does not compile.
     """
-    flags = [
-        f"--gpu-architecture={arch}",
-        "--std=c++17",
-        *(f"-D{key}={value}" for key, value in (defines or {}).items()),
-        *options,
-    ]
+    flags = _flags(arch, defines, options)
     key = hashlib.sha256("\0".join((source, *flags, repr(version()))).encode()).hexdigest()
     kept = cache_folder() / f"{Path(name).stem}-{arch}-{key[:32]}.cubin"
     try:
@@ -129,8 +124,27 @@ def compile_source(
     return cubin
 
 
-def compile_with_log(source: str, flags: Sequence[str], name: str = "kernel.cu") -> tuple[bytes, str]:
-    """The cubin of ``source`` and what NVRTC said, without the cache.
+def compile_ptx(
+    source: str, arch: str, defines: Mapping[str, int | str] | None = None, name: str = "kernel.cu"
+) -> str:
+    """The intermediate code from which :func:`compile_source` would make machine code.
+
+    Raises:
+        CompileError: with NVRTC's log, if the source does not compile.
+    """
+    ptx, _ = compile_with_log(source, _flags(arch, defines), name, "PTX")
+    return ptx.rstrip(b"\0").decode()
+
+
+def _flags(arch: str, defines: Mapping[str, int | str] | None, options: Sequence[str] = ()) -> list[str]:
+    macros = (f"-D{key}={value}" for key, value in (defines or {}).items())
+    return [f"--gpu-architecture={arch}", "--std=c++17", *macros, *options]
+
+
+def compile_with_log(
+    source: str, flags: Sequence[str], name: str = "kernel.cu", form: str = "CUBIN"
+) -> tuple[bytes, str]:
+    """The cubin of ``source``, or its ``form`` ``"PTX"``, and what NVRTC said, without the cache.
 
     ``--ptxas-options=-v`` among the flags makes the log state registers, stack frame and spills.
 
@@ -149,7 +163,7 @@ def compile_with_log(source: str, flags: Sequence[str], name: str = "kernel.cu")
         log = _read("Log", "ProgramLog", program).rstrip(b"\0").decode()
         if status:
             raise CompileError(f"NVRTC {version()} rejects {name} with {' '.join(flags)}:\n{log}")
-        return _read("Size", "CUBIN", program), log
+        return _read("Size", form, program), log
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
 

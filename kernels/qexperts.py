@@ -14,7 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from awqc.kernels.hardware import Hardware
+from awqc.kernels.launch import Launch, describes
 from awqc.kernels.qlinear import LIBRARY, qlinear
+from awqc.kernels.qlinear import describe as describe_linear
 
 LIBRARY.define(
     "qexperts(Tensor x, Tensor? offsets, Tensor codes, Tensor scales, Tensor zeros, int group_size)"
@@ -59,7 +62,31 @@ def shares(x: Tensor, y: Tensor, offsets: Tensor | None) -> Iterator[tuple[int, 
         start = end
 
 
+def busiest(x: Tensor, offsets: Tensor | None, count: int) -> tuple[int, Tensor]:
+    """How many of ``count`` experts have rows of ``x`` if the rows are spread over as many as can be, and the
+    rows of one of them; the values of ``offsets`` are not looked at."""
+    if offsets is None:
+        return (len(x) if x.shape[1] else 0), x[0]
+    experts = min(count, len(x))
+    return experts, x[: -(-len(x) // max(experts, 1))]
+
+
 LIBRARY.impl("qexperts", qexperts, "CompositeExplicitAutograd")
+
+
+@describes(torch.ops.awqc.qexperts.default)
+def describe(
+    at: Hardware,
+    x: Tensor,
+    offsets: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_size: int,
+) -> list[Launch]:
+    """What :func:`qexperts` does for each expert that has rows: as many as can have some."""
+    experts, rows = busiest(x, offsets, codes.shape[0])
+    return experts * describe_linear(at, rows, codes[0], scales[0], zeros[0], None, group_size)
 
 
 @torch.library.register_fake("awqc::qexperts", lib=LIBRARY)

@@ -12,9 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from awqc.kernels.qexperts import shares
+from awqc.kernels.hardware import Hardware
+from awqc.kernels.launch import Launch, describes
+from awqc.kernels.qexperts import busiest, shares
 from awqc.kernels.qlinear import LIBRARY
 from awqc.kernels.qlinear_aten import AtenInt4, qlinear_cpu
+from awqc.kernels.qlinear_aten import describe as describe_linear
 from awqc.kernels.registry import register_kernel
 
 LIBRARY.define(
@@ -48,6 +51,23 @@ def qexperts_cpu(
 
 
 LIBRARY.impl("qexperts_cpu", qexperts_cpu, "CPU")
+
+
+@describes(torch.ops.awqc.qexperts_cpu.default)
+def describe(
+    at: Hardware,
+    x: Tensor,
+    offsets: Tensor | None,
+    packed: Tensor,
+    scales_and_zeros: Tensor,
+    dense: Tensor | None,
+    group_size: int,
+) -> list[Launch]:
+    """The routine that :func:`qexperts_cpu` calls for each expert that has rows: as many as can have some."""
+    experts, rows = busiest(x, offsets, packed.shape[0])
+    weight = None if dense is None else dense[0]
+    one = describe_linear(at, rows, packed[0], scales_and_zeros[0], weight, None, group_size)
+    return one * experts
 
 
 @torch.library.register_fake("awqc::qexperts_cpu", lib=LIBRARY)

@@ -9,17 +9,21 @@ launch configuration decide: the same input gives the same bits.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from awqc.kernels import configs
+from awqc.kernels.hardware import Hardware
+from awqc.kernels.launch import Launch, describes, nbytes
 from awqc.kernels.planes import pack_groups, pack_planes, plane_width, unpack_groups, unpack_planes
-from awqc.kernels.qexperts import qexperts
+from awqc.kernels.qexperts import busiest, qexperts
 from awqc.kernels.qlinear import LIBRARY
-from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight, interpreted, join, target
+from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight, join
 from awqc.kernels.registry import register_kernel
+from awqc.kernels.triton_call import Call, Target, interpreted, target
 
 #: The name under which configurations are kept, by tokens of an expert on average.
 NAME = "qexperts_triton"
@@ -38,36 +42,43 @@ def multiply(x: Tensor, offsets: Tensor | None, weight: Weight, tile: Tile) -> T
         offsets: ``(E,)`` int32, or None for equally many rows of each expert.
         weight: of E experts.
     """
+    y = x.new_empty(x.shape[0], weight.n)
+    for call in product(x, offsets, weight, y, tile, target(x.device)):
+        call.launch()
+    return y
+
+
+def product(
+    x: Tensor, offsets: Tensor | None, weight: Weight, y: Tensor, tile: Tile, at: Target
+) -> list[Call]:
+    """The calls that write the products to ``y`` ``(S, N)``."""
     from awqc.kernels.jit.experts_triton import experts_gemm
 
     m, experts = x.shape[0], weight.packed.shape[0]
-    y = x.new_empty(m, weight.n)
-    at = target(x.device)
     # At most: every expert has rows, and its last tile is not full; rows of no expert are one more.
     token_tiles = min(m, m // tile.block_m + experts + 1)
     shares = tile.shares(token_tiles, weight.n, weight.packed.shape[1], at.processors)
     partial = y if shares == 1 else x.new_empty(shares, m, weight.n, dtype=torch.float32)
-    experts_gemm[math.ceil(weight.n / tile.block_n), shares, token_tiles](
-        x_ptr=x,
-        ends_ptr=x if offsets is None else offsets,
-        y_ptr=partial,
-        m=m,
-        each=m // experts,
-        **weight.operands(),
+    arguments = {
+        "x_ptr": x,
+        "ends_ptr": x if offsets is None else offsets,
+        "y_ptr": partial,
+        "m": m,
+        "each": m // experts,
+        **weight.operands(at),
         **tile.constants(weight.n),
-        experts=experts,
-        padded=1 << experts.bit_length(),
-        has_ends=offsets is not None,
-        partial=shares > 1,
-        widen=interpreted(),
+        "experts": experts,
+        "padded": 1 << experts.bit_length(),
+        "has_ends": offsets is not None,
+        "partial": shares > 1,
+        "widen": interpreted(),
         **at.launch(),
-    )
-    if shares > 1:
-        join(y, partial, None)
-    return y
+    }
+    call = Call(experts_gemm, (math.ceil(weight.n / tile.block_n), shares, token_tiles), arguments)
+    return [call] if shares == 1 else [call, join(y, partial, None, at)]
 
 
-def choose(tokens: int, experts: int, device: torch.device) -> Tile:
+def choose(tokens: int, experts: int, device: torch.device | str) -> Tile:
     """The configuration for ``tokens`` rows of ``experts`` experts: that of their average."""
     table = configs.measured(NAME, device)
     return Tile(**(configs.entry(table, math.ceil(tokens / experts)) or table[max(table)]))
@@ -108,6 +119,31 @@ def qexperts_triton(
 
 LIBRARY.impl("qexperts_triton", qexperts_triton, "CUDA")
 LIBRARY.impl("qexperts_triton", qexperts_triton, "CPU")
+
+
+@describes(torch.ops.awqc.qexperts_triton.default)
+def describe(
+    at: Hardware,
+    x: Tensor,
+    offsets: Tensor | None,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    out_features: int,
+    group_size: int,
+) -> list[Launch]:
+    """The launches of :func:`qexperts_triton` for float16 and bfloat16; weights are read of as many experts as
+    can have rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    count, (out, ends) = packed.shape[0], (rows.new_empty(len(rows), out_features), offsets)
+    weight = Weight(packed, scales, zeros, out_features, x.shape[-1], group_size)
+    tile = choose(len(rows), count, at.name)
+    first, *others = [
+        call.describe("y_ptr")
+        for call in product(rows, None if ends is None else ends.int(), weight, out, tile, Target.of(at))
+    ]
+    unread = nbytes(packed, scales, zeros) * (count - busiest(x, offsets, count)[0]) // count
+    return [replace(first, reads=first.reads - unread), *others]
 
 
 @torch.library.register_fake("awqc::qexperts_triton", lib=LIBRARY)

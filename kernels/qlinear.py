@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awqc.kernels.hardware import Hardware
+from awqc.kernels.launch import Launch, describes, nbytes
+
 LIBRARY = torch.library.Library("awqc", "FRAGMENT")
 LIBRARY.define(
     "qlinear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias, int group_size) -> Tensor",
@@ -61,6 +64,25 @@ def qlinear(
 
 
 LIBRARY.impl("qlinear", qlinear, "CompositeExplicitAutograd")
+
+
+@describes(torch.ops.awqc.qlinear.default)
+def describe(
+    at: Hardware,
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> list[Launch]:
+    """What :func:`qlinear` does: the weight in the dtype of the arithmetic, then the product."""
+    dense = codes.numel() * torch.promote_types(x.dtype, torch.float32).itemsize
+    out = x.numel() // x.shape[-1] * codes.shape[0] * x.itemsize
+    return [
+        Launch("dequantize", nbytes(codes, scales, zeros), dense),
+        Launch("aten.linear", nbytes(x, bias) + dense, out),
+    ]
 
 
 @torch.library.register_fake("awqc::qlinear", lib=LIBRARY)

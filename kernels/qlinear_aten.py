@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awqc.kernels.hardware import Hardware
+from awqc.kernels.launch import Launch, describes, nbytes
 from awqc.kernels.qlinear import LIBRARY, dequantize, group_channels
 from awqc.kernels.registry import register_kernel
 
@@ -64,6 +66,24 @@ def qlinear_cpu(
 
 
 LIBRARY.impl("qlinear_cpu", qlinear_cpu, "CPU")
+
+
+@describes(torch.ops.awqc.qlinear_cpu.default)
+def describe(
+    at: Hardware,
+    x: Tensor,
+    packed: Tensor,
+    scales_and_zeros: Tensor,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+) -> list[Launch]:
+    """The routine that :func:`qlinear_cpu` calls."""
+    rows = x.numel() // x.shape[-1]
+    out = rows * packed.shape[0] * x.itemsize
+    if dense is not None and rows > INT4_ROWS:
+        return [Launch("aten.linear (bfloat16 copy)", nbytes(x, dense, bias), out)]
+    return [Launch("aten._weight_int4pack_mm_for_cpu", nbytes(x, packed, scales_and_zeros, bias), out)]
 
 
 @torch.library.register_fake("awqc::qlinear_cpu", lib=LIBRARY)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import torch
@@ -29,6 +29,9 @@ from awqc.kernels.exllama_layout import (
     unpack_groups,
     unpack_words,
 )
+from awqc.kernels.hardware import Hardware, hardware
+from awqc.kernels.launch import Launch, describes, nbytes
+from awqc.kernels.machine_code import CudaCode
 from awqc.kernels.nvrtc import available
 from awqc.kernels.qlinear import LIBRARY, group_channels, qlinear
 from awqc.kernels.registry import register_kernel
@@ -76,7 +79,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Launch:
+class Prepared:
     """Compiled kernels for one shape, and the shares of its channels.
 
     Args:
@@ -98,13 +101,28 @@ def prepare(
     dtype: torch.dtype,
     scales: torch.dtype,
     device: torch.device,
-) -> Launch:
+) -> Prepared:
     """Kernels for ``tokens`` (a multiple of the block's) on a weight of ``rows`` by ``chunks``."""
-    properties = torch.cuda.get_device_properties(device)
-    limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    shares = block.shares(tokens, rows, chunks, properties.multi_processor_count, limit)
-    dependent = properties.major >= 9
-    defines = {
+    at = hardware(device)
+    shares = block.shares(tokens, rows, chunks, at.processors, at.shared_bytes)
+    dependent = _dependent(at)
+    defines = _macros(block, dtype, scales, dependent)
+    shared = block.shared_bytes(chunks, shares)
+    product = kernel(
+        _SOURCE, "product", "PPPPPPPiiiiii", device, shared=shared, dependent=dependent, **defines
+    )
+    return Prepared(
+        product, kernel(_SOURCE, "join", "PPPiii", device, dependent=dependent, **defines), shares
+    )
+
+
+def _dependent(at: Hardware) -> bool:
+    """Whether kernels may start while their predecessor finishes."""
+    return at.capability is not None and at.capability >= (9, 0)
+
+
+def _macros(block: Block, dtype: torch.dtype, scales: torch.dtype, dependent: bool = False) -> dict[str, int]:
+    return {
         "COLUMNS": block.columns,
         "TOKENS": block.tokens,
         "WARPS": block.warps,
@@ -112,11 +130,11 @@ def prepare(
         "SCALES": _SCALES[scales],
         "DEPENDENT": int(dependent),
     }
-    shared = block.shared_bytes(chunks, shares)
-    product = kernel(
-        _SOURCE, "product", "PPPPPPPiiiiii", device, shared=shared, dependent=dependent, **defines
-    )
-    return Launch(product, kernel(_SOURCE, "join", "PPPiii", device, dependent=dependent, **defines), shares)
+
+
+def _grid(block: Block, m: int, n: int, shares: int) -> tuple[int, int, int]:
+    """Of ``product``, for ``m`` tokens and ``n`` rows."""
+    return math.ceil(n / (32 * block.columns)), shares, math.ceil(m / block.tokens)
 
 
 def multiply(
@@ -142,9 +160,8 @@ def multiply(
     y = x.new_empty(m, n)
     partial = y if launch.shares == 1 else x.new_empty(launch.shares, m, n, dtype=torch.float32)
     added = 0 if bias is None else bias.data_ptr()
-    grid = (math.ceil(n / (32 * block.columns)), launch.shares, rounded // block.tokens)
     launch.product.launch(
-        grid,
+        _grid(block, m, n, launch.shares),
         (32 * block.warps,),
         (
             y.data_ptr(),
@@ -171,21 +188,22 @@ def multiply(
     return y
 
 
+#: For ``reconstruct``, which is not cut.
+_ALONE = Block(tokens=1, columns=1, warps=1, blocks=1)
+
+
+def _reconstruct_grid(n: int, k: int) -> tuple[int, int]:
+    return math.ceil(n / 512), math.ceil(k / 8)
+
+
 def dense(
     words: Tensor, scales: Tensor, zeros: Tensor, n: int, k: int, group: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight transposed, ``(K, N)`` in ``dtype``."""
-    defines = {
-        "COLUMNS": 1,
-        "TOKENS": 1,
-        "WARPS": 1,
-        "BFLOAT": int(dtype == torch.bfloat16),
-        "SCALES": _SCALES[scales.dtype],
-        "DEPENDENT": 0,
-    }
+    defines = _macros(_ALONE, dtype, scales.dtype)
     weight = words.new_empty(k, n, dtype=dtype)
     kernel(_SOURCE, "reconstruct", "PPPPiiii", words.device, **defines).launch(
-        (math.ceil(n / 512), math.ceil(k / 8)),
+        _reconstruct_grid(n, k),
         (256,),
         (
             weight.data_ptr(),
@@ -241,6 +259,55 @@ def qlinear_exllama(
 
 
 LIBRARY.impl("qlinear_exllama", qlinear_exllama, "CUDA")
+
+
+@describes(torch.ops.awqc.qlinear_exllama.default)
+def describe(
+    at: Hardware,
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+) -> list[Launch]:
+    """The launches of :func:`qlinear_exllama` for float16 and bfloat16."""
+    m, k = x.numel() // x.shape[-1], x.shape[-1]
+    weight, out = nbytes(words, scales, zeros), m * out_features * x.itemsize
+    found = configs.entry(configs.measured(NAME, at.name), m)
+    if found is None:
+        size = k * out_features * x.itemsize
+        code = _code("reconstruct", _macros(_ALONE, x.dtype, scales.dtype))
+        whole = _reconstruct_grid(out_features, k)
+        return [
+            Launch("exllama.cu:reconstruct", weight, size, whole, (256,), code=code),
+            Launch("cuBLAS", nbytes(x, bias) + size, out),
+        ]
+    block, chunks = Block(**found), words.shape[0] * 8 // CHANNELS
+    rounded = block.tokens * math.ceil(m / block.tokens)
+    shares = block.shares(rounded, out_features, chunks, at.processors, at.shared_bytes)
+    defines = _macros(block, x.dtype, scales.dtype, _dependent(at))
+    partial = shares * m * out_features * 4
+    product = Launch(
+        "exllama.cu:product",
+        weight + nbytes(x, None if shares > 1 else bias),
+        partial if shares > 1 else out,
+        grid=_grid(block, m, out_features, shares),
+        block=(32 * block.warps,),
+        shared=block.shared_bytes(chunks, shares),
+        config={**asdict(block), "shares": shares},
+        code=_code("product", defines),
+    )
+    if shares == 1:
+        return [product]
+    code, added = _code("join", defines), nbytes(bias)
+    grid = (math.ceil(m * out_features / 256),)
+    return [product, Launch("exllama.cu:join", partial + added, out, grid, (256,), code=code)]
+
+
+def _code(entry: str, defines: dict[str, int]) -> CudaCode:
+    return CudaCode(_SOURCE, entry, defines)
 
 
 @torch.library.register_fake("awqc::qlinear_exllama", lib=LIBRARY)

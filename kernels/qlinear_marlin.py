@@ -21,6 +21,9 @@ from torch import Tensor
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels import marlin_pair, marlin_stream, marlin_wide
 from awqc.kernels.cuda_launch import kernel
+from awqc.kernels.hardware import Hardware, hardware
+from awqc.kernels.launch import Launch, describes, nbytes
+from awqc.kernels.machine_code import CudaCode
 from awqc.kernels.marlin_stream import has_bulk_copies
 from awqc.kernels.qlinear import LIBRARY
 from awqc.kernels.registry import register_kernel
@@ -29,6 +32,8 @@ from awqc.kernels.registry import register_kernel
 STREAMED_TOKENS = (64, 16)
 #: Most tokens for the wide kernel.
 WIDE_TOKENS = 1024
+#: Threads of a block of ``marlin_dequantize.cu``.
+_THREADS = 128
 LIBRARY.define(
     "qlinear_marlin(Tensor x, Tensor packed, Tensor? bias, int out_features, int group, "
     "bool bfloat16_scales) -> Tensor",
@@ -50,10 +55,7 @@ def qlinear_marlin(
         group: channels that share a scale within a block: 32, 64 or 128.
         bfloat16_scales: whether packed scales are bfloat16 rather than float16.
     """
-    dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
-    if bias is not None:
-        bias = bias.to(dtype)
+    rows, bias = _inputs(x, bias)
     arguments = (rows, packed, bias, out_features, group, bfloat16_scales)
     tokens, hopper = rows.shape[0], has_bulk_copies(x.device)
     if tokens <= STREAMED_TOKENS[hopper]:
@@ -66,9 +68,55 @@ def qlinear_marlin(
         else:
             out = marlin_pair.multiply(tiling, *arguments)
     else:
-        weight = dequantize(packed, out_features, x.shape[-1], group, bfloat16_scales, dtype)
+        weight = dequantize(packed, out_features, x.shape[-1], group, bfloat16_scales, rows.dtype)
         out = F.linear(rows, weight, bias)
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def _inputs(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows of tokens, and the bias, in the dtype that kernels multiply."""
+    dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+    return rows, None if bias is None else bias.to(dtype)
+
+
+@describes(torch.ops.awqc.qlinear_marlin.default)
+def describe(
+    at: Hardware,
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group: int,
+    bfloat16_scales: bool,
+) -> list[Launch]:
+    """The launches of :func:`qlinear_marlin`."""
+    rows, bias = _inputs(x, bias)
+    arguments = (rows, packed, bias, out_features, group, bfloat16_scales)
+    tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
+    if tokens <= STREAMED_TOKENS[at.has_bulk_copies]:
+        return marlin_stream.describe(at, *arguments)
+    if at.has_bulk_copies and tokens <= WIDE_TOKENS:
+        limit = at.shared_bytes
+        tiling = marlin_pair.tile(row_blocks, columns, tokens, group, at.processors, limit)
+        if tiling is None:
+            return marlin_wide.describe(at, *arguments)
+        return marlin_pair.describe(tiling, *arguments)
+    dense = out_features * rows.shape[1] * rows.itemsize
+    written = Launch(
+        "marlin_dequantize.cu:dequantize",
+        nbytes(packed),
+        dense,
+        grid=(columns, row_blocks),
+        block=(_THREADS,),
+        code=CudaCode("marlin_dequantize.cu", "dequantize", _macros(group, bfloat16_scales, rows.dtype)),
+    )
+    product = Launch("cuBLAS", nbytes(rows, bias) + dense, tokens * out_features * rows.itemsize)
+    return [written, product]
+
+
+def _macros(group: int, bfloat16_scales: bool, dtype: torch.dtype) -> dict[str, int]:
+    return {"BF16": int(dtype == torch.bfloat16), "SCALE_BF16": int(bfloat16_scales), "GROUP": group}
 
 
 def dequantize(
@@ -76,10 +124,10 @@ def dequantize(
 ) -> Tensor:
     """The packed weight as ``(n, k)`` in ``dtype``, float16 or bfloat16, rounded once."""
     out = torch.empty(n, k, dtype=dtype, device=packed.device)
-    defines = {"BF16": int(dtype == torch.bfloat16), "SCALE_BF16": int(bfloat16_scales), "GROUP": group}
+    defines = _macros(group, bfloat16_scales, dtype)
     run = kernel("marlin_dequantize.cu", "dequantize", "PPiii", packed.device, **defines)
     grid = (packed.shape[1], packed.shape[0])
-    run.launch(grid, (128,), (out.data_ptr(), packed.data_ptr(), n, k, packed.shape[1]))
+    run.launch(grid, (_THREADS,), (out.data_ptr(), packed.data_ptr(), n, k, packed.shape[1]))
     return out
 
 
@@ -114,8 +162,9 @@ class Marlin:
             return (
                 f"needs groups of 32, 64, a multiple of 128, or all input channels, not {group_size} of {k}"
             )
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        capability = hardware(device).capability or (0, 0)
+        if capability < (8, 0):
+            found = ".".join(map(str, capability))
             return f"needs compute capability 8.0 or higher, not {found}"
         return None
 

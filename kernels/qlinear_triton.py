@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -26,6 +25,8 @@ from torch import Tensor
 
 from awqc.kernels import configs
 from awqc.kernels.autotune import fastest, may_tune
+from awqc.kernels.hardware import Hardware
+from awqc.kernels.launch import Launch, describes, nbytes
 from awqc.kernels.planes import (
     PLANES,
     pack_groups,
@@ -36,6 +37,7 @@ from awqc.kernels.planes import (
 )
 from awqc.kernels.qlinear import LIBRARY, group_channels
 from awqc.kernels.registry import register_kernel
+from awqc.kernels.triton_call import Call, Target, interpreted, target
 
 #: The name under which configurations are kept.
 NAME = "qlinear_triton"
@@ -47,11 +49,6 @@ LIBRARY.define(
     "int group_size) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def interpreted() -> bool:
-    """Whether Triton is told to interpret kernels on the CPU (``TRITON_INTERPRET=1``)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True)
@@ -87,38 +84,6 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Target:
-    """What kernels are compiled for.
-
-    Args:
-        processors: multiprocessors.
-        ptx: NVIDIA, 8.0 and later: see ``jit/words_triton.py``.
-        dependent: NVIDIA, 9.0 and later: kernels start while their predecessor finishes.
-    """
-
-    processors: int
-    ptx: bool
-    dependent: bool
-
-    def launch(self) -> dict[str, bool]:
-        """Arguments of every launch."""
-        # launch_pdl is known to Triton for NVIDIA alone.
-        return {"dependent": True, "launch_pdl": True} if self.dependent else {"dependent": False}
-
-
-@functools.cache
-def target(device: torch.device) -> Target:
-    """The target that ``device`` is."""
-    if device.type != "cuda" or interpreted():
-        return Target(processors=4, ptx=False, dependent=False)
-    properties = torch.cuda.get_device_properties(device)
-    nvidia = torch.version.hip is None
-    return Target(
-        properties.multi_processor_count, nvidia and properties.major >= 8, nvidia and properties.major >= 9
-    )
-
-
-@dataclass(frozen=True)
 class Weight:
     """A packed weight ``(n, k)``, as the op takes it, or a stack ``(E, n, k)`` of them.
 
@@ -137,7 +102,7 @@ class Weight:
     k: int
     group_size: int
 
-    def operands(self) -> dict[str, Any]:
+    def operands(self, at: Target) -> dict[str, Any]:
         """Arguments that every kernel on the weight takes."""
         blocks, rows, width = self.packed.shape[-3:]
         group = group_channels(self.group_size, self.k)
@@ -155,77 +120,91 @@ class Weight:
             "run": next(r for r in (4, 2, 1) if group % (r * width) == 0),
             "width": width,
             "whole_k": self.k % (PLANES * width) == 0,
-            "ptx": target(self.packed.device).ptx,
+            "ptx": at.ptx,
         }
 
 
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile) -> Tensor:
     """``x @ W.T + bias`` for ``x`` ``(M, K)`` contiguous float16 or bfloat16, by tiles: ``(M, N)``."""
-    from awqc.kernels.jit.gemm_triton import gemm
-
-    m = x.shape[0]
-    y = x.new_empty(m, weight.n)
-    at = target(x.device)
-    shares = tile.shares(math.ceil(m / tile.block_m), weight.n, weight.packed.shape[0], at.processors)
-    partial = y if shares == 1 else x.new_empty(shares, m, weight.n, dtype=torch.float32)
-    gemm[math.ceil(weight.n / tile.block_n), shares, math.ceil(m / tile.block_m)](
-        x_ptr=x,
-        bias_ptr=x if bias is None else bias,
-        y_ptr=partial,
-        m=m,
-        **weight.operands(),
-        **tile.constants(weight.n),
-        partial=shares > 1,
-        has_bias=bias is not None,
-        widen=interpreted(),
-        **at.launch(),
-    )
-    if shares > 1:
-        join(y, partial, bias)
+    y = x.new_empty(x.shape[0], weight.n)
+    for call in product(x, weight, bias, y, tile, target(x.device)):
+        call.launch()
     return y
 
 
-def join(y: Tensor, partial: Tensor, bias: Tensor | None) -> None:
-    """``y = partial.sum(0) + bias``: ``(shares, M, N)`` float32 added first to last, ``y`` ``(M, N)``."""
+def product(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, tile: Tile, at: Target) -> list[Call]:
+    """The calls that write ``x @ W.T + bias`` to ``y`` ``(M, N)``."""
+    from awqc.kernels.jit.gemm_triton import gemm
+
+    m = x.shape[0]
+    shares = tile.shares(math.ceil(m / tile.block_m), weight.n, weight.packed.shape[0], at.processors)
+    partial = y if shares == 1 else x.new_empty(shares, m, weight.n, dtype=torch.float32)
+    grid = (math.ceil(weight.n / tile.block_n), shares, math.ceil(m / tile.block_m))
+    arguments = {
+        "x_ptr": x,
+        "bias_ptr": x if bias is None else bias,
+        "y_ptr": partial,
+        "m": m,
+        **weight.operands(at),
+        **tile.constants(weight.n),
+        "partial": shares > 1,
+        "has_bias": bias is not None,
+        "widen": interpreted(),
+        **at.launch(),
+    }
+    call = Call(gemm, grid, arguments)
+    return [call] if shares == 1 else [call, join(y, partial, bias, at)]
+
+
+def join(y: Tensor, partial: Tensor, bias: Tensor | None, at: Target) -> Call:
+    """The call that writes ``partial.sum(0) + bias`` to ``y`` ``(M, N)``: ``(shares, M, N)`` float32 added
+    first to last."""
     from awqc.kernels.jit.gemm_triton import add_shares
 
-    at = target(y.device)
     block = 256 if y.numel() <= 256 * at.processors else 1024
-    add_shares[(math.ceil(y.numel() / block),)](
-        partial_ptr=partial,
-        bias_ptr=partial if bias is None else bias,
-        y_ptr=y,
-        size=y.numel(),
-        n=y.shape[1],
-        shares=partial.shape[0],
-        block=block,
-        has_bias=bias is not None,
+    arguments = {
+        "partial_ptr": partial,
+        "bias_ptr": partial if bias is None else bias,
+        "y_ptr": y,
+        "size": y.numel(),
+        "n": y.shape[1],
+        "shares": partial.shape[0],
+        "block": block,
+        "has_bias": bias is not None,
         **at.launch(),
-    )
+    }
+    return Call(add_shares, (math.ceil(y.numel() / block),), arguments)
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The weight ``(N, K)`` in ``dtype``."""
+    out = weight.scales.new_empty(weight.n, weight.k, dtype=dtype)
+    written(weight, out, target(out.device)).launch()
+    return out
+
+
+def written(weight: Weight, out: Tensor, at: Target) -> Call:
+    """The call that writes the weight to ``out`` ``(N, K)``."""
     from awqc.kernels.jit.dequantize_triton import dequantize
 
-    out = weight.scales.new_empty(weight.n, weight.k, dtype=dtype)
     block_n = 16
-    dequantize[weight.packed.shape[0], math.ceil(weight.n / block_n)](
-        weight_ptr=out, **weight.operands(), block_n=block_n
-    )
-    return out
+    grid = (weight.packed.shape[0], math.ceil(weight.n / block_n))
+    return Call(dequantize, grid, {"weight_ptr": out, **weight.operands(at), "block_n": block_n})
 
 
 def choose(tokens: int, weight: Weight, dtype: torch.dtype) -> Tile | None:
     """The configuration for ``tokens``; None for the dense route."""
-    device = weight.packed.device
-    key = f"{NAME} {weight.n}x{weight.k} g{weight.group_size} {dtype}"
+    device, key = weight.packed.device, _key(weight, dtype)
     table = configs.tuned(key, device)
     if table is None and may_tune(device):
         table = tune(weight, dtype)
         configs.keep(key, device, table)
     found = configs.entry(table or configs.measured(NAME, device), tokens)
     return None if found is None else Tile(**found)
+
+
+def _key(weight: Weight, dtype: torch.dtype) -> str:
+    return f"{NAME} {weight.n}x{weight.k} g{weight.group_size} {dtype}"
 
 
 def tune(weight: Weight, dtype: torch.dtype) -> configs.Table:
@@ -297,6 +276,32 @@ def qlinear_triton(
 
 LIBRARY.impl("qlinear_triton", qlinear_triton, "CUDA")
 LIBRARY.impl("qlinear_triton", qlinear_triton, "CPU")
+
+
+@describes(torch.ops.awqc.qlinear_triton.default)
+def describe(
+    at: Hardware,
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    group_size: int,
+) -> list[Launch]:
+    """The launches of :func:`qlinear_triton` for float16 and bfloat16."""
+    rows = x.reshape(-1, x.shape[-1])
+    weight = Weight(packed, scales, zeros, out_features, x.shape[-1], group_size)
+    table = configs.tuned(_key(weight, x.dtype), at.name) or configs.measured(NAME, at.name)
+    found, out = configs.entry(table, rows.shape[0]), rows.new_empty(rows.shape[0], out_features)
+    if found is None:
+        full = packed.new_empty(out_features, x.shape[-1], dtype=x.dtype)
+        return [
+            written(weight, full, Target.of(at)).describe("weight_ptr"),
+            Launch("cuBLAS", nbytes(rows, full, bias), nbytes(out)),
+        ]
+    calls = product(rows, weight, bias, out, Tile(**found), Target.of(at))
+    return [call.describe("y_ptr") for call in calls]
 
 
 @torch.library.register_fake("awqc::qlinear_triton", lib=LIBRARY)
