@@ -23,34 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awqc.kernels.cuda_launch import CudaKernel
-from awqc.kernels.nvrtc import architecture, compile_source
 from awqc.kernels.qlinear import dequantize
 from awqc.kernels.registry import kernels
+from awqc.kernels.streaming_read import ROTATED, streaming_seconds
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (8192, 28672)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512, 2048]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 GROUP = 128
-#: Bytes of weights that the calls of one graph go round.
-ROTATED = 320 << 20
-
-READ = """
-extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* data, unsigned* out, long long n) {
-  uint4 sum = {0, 0, 0, 0};
-  const long long step = (long long)gridDim.x * blockDim.x;
-  long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-  for (; i + (UNROLL - 1) * step < n; i += UNROLL * step) {
-    uint4 part[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) part[u] = __ldcs(data + i + u * step);
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) sum.x ^= part[u].x ^ part[u].y ^ part[u].z ^ part[u].w;
-  }
-  for (; i < n; i += step) sum.x ^= data[i].x;
-  if (sum.x == 0x12345678u) *out = sum.x;
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -102,27 +82,6 @@ def repeated(copies: list[Tensor], least: int = 20) -> list[Tensor]:
     return copies * -(-least // len(copies))
 
 
-def floor(size: int) -> float:
-    """Microseconds that the best of some streaming reads of ``size`` bytes takes."""
-    device = torch.cuda.current_device()
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    arch = architecture(torch.cuda.get_device_capability())
-    copies = rotation(partial(torch.randint, 0, 255, (size,), dtype=torch.uint8, device="cuda"), size)
-    out = torch.zeros(1, dtype=torch.int32, device="cuda")
-    best = float("inf")
-    for unroll in (4, 8):
-        read = CudaKernel(compile_source(READ, arch, {"UNROLL": unroll}), "read_all", "PPq", device)
-        for blocks in (1, 2, 4):
-            calls = [
-                partial(
-                    read.launch, (processors * blocks,), (512,), (c.data_ptr(), out.data_ptr(), size // 16)
-                )
-                for c in repeated(copies)
-            ]
-            best = min(best, per_call(calls))
-    return best
-
-
 def weight_of(n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Random codes, scales and zero points: weights of about unit variance over the square root of K."""
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
@@ -142,7 +101,7 @@ def measure(
     codes, scales, zeros = weight_of(n, k)
     dense = dequantize(codes, scales, zeros, GROUP)
     size = n * k // 2 + scales.numel() * 2 + scales.numel() // 2
-    least = floor(size)
+    least = 1e6 * streaming_seconds(size, torch.device("cuda", torch.cuda.current_device()))
     packs = {}
     for name, kernel in kernels("qlinear").items():
         legal = kernel.legal(n, k, 4, GROUP, torch.float16, torch.device("cuda", 0))

@@ -44,7 +44,7 @@ def fastest(runs: Mapping[C, Callable[[int], object]], copies: int) -> C:
     times: dict[C, float] = {}
     for config, run in runs.items():
         try:
-            times[config] = _time(run, copies)
+            times[config] = graph_milliseconds(run, copies)
         except OutOfResources:
             continue
     if not times:
@@ -52,8 +52,8 @@ def fastest(runs: Mapping[C, Callable[[int], object]], copies: int) -> C:
     return min(times, key=times.__getitem__)
 
 
-def _time(run: Callable[[int], object], copies: int) -> float:
-    """Milliseconds that ``copies`` runs take."""
+def graph_milliseconds(run: Callable[[int], object], copies: int) -> float:
+    """Milliseconds that ``run(0)`` to ``run(copies - 1)`` take together in one CUDA graph: a median."""
     run(0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

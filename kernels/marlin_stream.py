@@ -132,7 +132,7 @@ def stream(
 ) -> Stream:
     """The launch for a weight of ``rows`` by ``columns`` blocks and up to 16 tokens, compiled and loaded."""
     at = hardware(device)
-    hopper, limit = at.has_bulk_copies, at.shared_bytes
+    hopper, limit = has_bulk_copies(device), at.shared_bytes
     tiling = tile(rows, columns, tokens, group, at.processors, limit)
     defines = _macros(tiling, tokens, group, dtype, bfloat16_scales, hopper)
     main = kernel(

@@ -59,21 +59,21 @@ def product(
     token_tiles = min(m, m // tile.block_m + experts + 1)
     shares = tile.shares(token_tiles, weight.n, weight.packed.shape[1], at.processors)
     partial = y if shares == 1 else x.new_empty(shares, m, weight.n, dtype=torch.float32)
-    arguments = {
-        "x_ptr": x,
-        "ends_ptr": x if offsets is None else offsets,
-        "y_ptr": partial,
-        "m": m,
-        "each": m // experts,
+    arguments = dict(
+        x_ptr=x,
+        ends_ptr=x if offsets is None else offsets,
+        y_ptr=partial,
+        m=m,
+        each=m // experts,
         **weight.operands(at),
         **tile.constants(weight.n),
-        "experts": experts,
-        "padded": 1 << experts.bit_length(),
-        "has_ends": offsets is not None,
-        "partial": shares > 1,
-        "widen": interpreted(),
+        experts=experts,
+        padded=1 << experts.bit_length(),
+        has_ends=offsets is not None,
+        partial=shares > 1,
+        widen=interpreted(),
         **at.launch(),
-    }
+    )
     call = Call(experts_gemm, (math.ceil(weight.n / tile.block_n), shares, token_tiles), arguments)
     return [call] if shares == 1 else [call, join(y, partial, None, at)]
 
@@ -132,16 +132,13 @@ def describe(
     out_features: int,
     group_size: int,
 ) -> list[Launch]:
-    """The launches of :func:`qexperts_triton` for float16 and bfloat16; weights are read of as many experts as
-    can have rows."""
-    rows = x.reshape(-1, x.shape[-1])
-    count, (out, ends) = packed.shape[0], (rows.new_empty(len(rows), out_features), offsets)
+    """The launches of :func:`qexperts_triton` for float16 and bfloat16; of the weights, those of as many
+    experts as can have rows are read."""
+    rows, count = x.reshape(-1, x.shape[-1]), packed.shape[0]
+    out, ends = rows.new_empty(len(rows), out_features), None if offsets is None else offsets.int()
     weight = Weight(packed, scales, zeros, out_features, x.shape[-1], group_size)
-    tile = choose(len(rows), count, at.name)
-    first, *others = [
-        call.describe("y_ptr")
-        for call in product(rows, None if ends is None else ends.int(), weight, out, tile, Target.of(at))
-    ]
+    calls = product(rows, ends, weight, out, choose(len(rows), count, at.name), Target.of(at))
+    first, *others = [call.describe("y_ptr") for call in calls]
     unread = nbytes(packed, scales, zeros) * (count - busiest(x, offsets, count)[0]) // count
     return [replace(first, reads=first.reads - unread), *others]
 

@@ -9,6 +9,7 @@ import torch
 
 from awqc.kernels import nvrtc
 from awqc.kernels.cuda_launch import read_source
+from awqc.kernels.hardware import Hardware, assumed
 from awqc.kernels.qlinear_marlin import Marlin
 
 
@@ -36,9 +37,9 @@ def test_refusals(change: dict[str, object], reason: str) -> None:
     assert Marlin.legal(**{**arguments, **change}) == reason  # type: ignore[arg-type]
 
 
-def test_old_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    reason = Marlin.legal(64, 256, 4, 128, torch.float16, torch.device("cuda", 0))
+def test_old_devices_are_refused() -> None:
+    with assumed(Hardware("old", "cuda", 40, capability=(7, 5))):
+        reason = Marlin.legal(64, 256, 4, 128, torch.float16, torch.device("cuda", 0))
     assert reason == "needs compute capability 8.0 or higher, not 7.5"
 
 
