@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--kernels", nargs="*", help="class names in lower case; default: all that are legal")
+    parser.add_argument("--summary", action="store_true", help="end with means over the shapes")
     parser.add_argument("--out", help="CSV file")
     parser.add_argument("--plot", help="PNG file: bandwidth over tokens; needs matplotlib")
     options = parser.parse_args()
@@ -187,6 +188,8 @@ def main() -> None:
             rows.append(row)
         torch.cuda.empty_cache()
     print(f"\n{clocks()}; {time.time() - begin:.0f} s")
+    if options.summary:
+        print(summary(rows))
     if options.out:
         with open(options.out, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
@@ -194,6 +197,18 @@ def main() -> None:
             writer.writerows(asdict(row) for row in rows)
     if options.plot:
         plot(rows, options.plot)
+
+
+def summary(rows: list[Row]) -> str:
+    """Times over the floor by kernel and tokens: geometric means over the shapes, and the worst error."""
+    tokens = sorted({row.m for row in rows})
+    lines = [f"{'times the floor, M =':<28}" + "".join(f"{m:>7}" for m in tokens) + "    error"]
+    for kernel in dict.fromkeys(row.kernel for row in rows):
+        own = [row for row in rows if row.kernel == kernel]
+        means = {m: [row.over_floor for row in own if row.m == m] for m in tokens}
+        cells = [f"{statistics.geometric_mean(v):>7.2f}" if v else f"{'-':>7}" for v in means.values()]
+        lines.append(f"{kernel:<28}{''.join(cells)}  {max(row.error for row in own):.1e}")
+    return "\n".join(lines)
 
 
 def plot(rows: list[Row], file: str) -> None:

@@ -1,21 +1,21 @@
 // The packed weight of kernels/marlin_layout.py, by strips of 16 rows and 128 input channels, on the tensor cores
-// through mma.sync. Macros: BF16 (activations), SCALE_BF16 (scales), GROUP (32, 64 or 128 channels).
+// through mma.sync. Macros: BF16 (activations), SCALE_BF16 (scales), GROUP (32, 64 or 128 channels), TURNED (see
+// multiply; 0 unless given).
+#ifndef TURNED
+#define TURNED 0
+#endif
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+
+#include "marlin_ptx.cuh"
 
 constexpr int GROUPS = 128 / GROUP;              // groups of a strip
 constexpr int SCALES = 1024;                     // where a strip's scales begin, in bytes
 constexpr int ZEROS = SCALES + 32 * GROUPS;      // and its zero points
 constexpr int STRIP_BYTES = ZEROS + 16 * GROUPS;
 constexpr int TILES = GROUP / 16;                // mma steps of a group
-
-__device__ __forceinline__ u32 masked(u32 word, u32 mask, u32 bits) {
-  u32 out;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(word), "r"(mask), "r"(bits));
-  return out;
-}
 
 // The I-th pair of codes of a word as two numbers 16 + q: the four bits are the top of a mantissa whose exponent
 // is that of 16, so neither a conversion nor a subtraction is needed.
@@ -33,22 +33,6 @@ __device__ __forceinline__ void unpack(u32 (&a)[4], u32 word) {
   a[1] = sixteen_plus<1>(word);
   a[2] = sixteen_plus<2>(word);
   a[3] = sixteen_plus<3>(word);
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-#if BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ float half_to_float(u16 bits) {
-  float out;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(bits));
-  return out;
 }
 
 __device__ __forceinline__ float bfloat_to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
@@ -69,18 +53,6 @@ __device__ __forceinline__ float to_float(u16 bits) {
 #endif
 }
 
-__device__ __forceinline__ u16 from_float(float value) {
-  u16 out;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out) : "f"(value));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out) : "f"(value));
-#endif
-  return out;
-}
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-
 // Half a strip's activations, 64 channels, in the order of the second operand: b[step][token tile]. They lie in rows
 // of 128 bytes, one for each token; the 16-byte pieces of row r are swizzled: piece c is at c ^ (r & 7).
 template <int NT>
@@ -91,15 +63,16 @@ __device__ __forceinline__ void load_x(u32 (&b)[4][NT][2], u32 x, int tokens, in
     const int row = min(t * 8 + (lane & 7), tokens - 1);
 #pragma unroll
     for (int p = 0; p < 2; ++p)
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(b[2 * p][t][0]), "=r"(b[2 * p][t][1]), "=r"(b[2 * p + 1][t][0]), "=r"(b[2 * p + 1][t][1])
-                   : "r"(x + row * 128 + ((p * 4 + (lane >> 3)) ^ (row & 7)) * 16));
+      load_matrices(b[2 * p][t][0], b[2 * p][t][1], b[2 * p + 1][t][0], b[2 * p + 1][t][1],
+                    x + row * 128 + ((p * 4 + (lane >> 3)) ^ (row & 7)) * 16);
   }
 }
 
 // y += W x for S strips of weights; x and x + half_bytes are the activations of the halves of their 128 channels.
 // The product is taken with 16 + q; what that adds, (16 + z) times the sum of the group's activations, is known
 // exactly and subtracted before the scale is applied. Strips take turns, so that no product waits for the last.
+// Sums of activations are a product with ones. With TURNED and 16 tokens that has the activations as its first operand,
+// whose fragment is that of the second for two tiles of 8 tokens: one product for both, but sums for other lanes.
 template <int NT, int S>
 __device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips, u32 x, int half_bytes, int tokens,
                                          int lane) {
@@ -108,6 +81,7 @@ __device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips,
 #else
   const u32 ones[4] = {0x3C003C00u, 0x3C003C00u, 0x3C003C00u, 0x3C003C00u};
 #endif
+  constexpr bool turned = TURNED && NT == 2;
   float sums[NT][4], acc[S][NT][4];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -137,9 +111,23 @@ __device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips,
 #pragma unroll
         for (int t = 0; t < NT; ++t) mma(acc[strip][t], a, b[s][t]);
       }
+      if constexpr (turned) {
+        const u32 x_first[4] = {b[s][0][0], b[s][1][0], b[s][0][1], b[s][1][1]}, ones_second[2] = {ones[0], ones[0]};
+        mma(sums[0], x_first, ones_second);
+      } else {
 #pragma unroll
-      for (int t = 0; t < NT; ++t) mma(sums[t], ones, b[s][t]);
+        for (int t = 0; t < NT; ++t) mma(sums[t], ones, b[s][t]);
+      }
       if ((step + 1) % TILES) continue;
+      if constexpr (turned) {
+        // Lane l has the sums of tokens l / 4 and 8 + l / 4; it wants those of its columns of the product.
+        const float first = sums[0][0], second = sums[0][2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums[0][i] = from_lane(first, (lane & 3) * 8 + (i & 1) * 4);
+          sums[1][i] = from_lane(second, (lane & 3) * 8 + (i & 1) * 4);
+        }
+      }
 #pragma unroll
       for (int strip = 0; strip < S; ++strip) {
         const int pair = (step / TILES) * 8 + (lane >> 2);

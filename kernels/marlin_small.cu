@@ -21,10 +21,6 @@ extern __shared__ __align__(128) u8 shared[];
 
 #if HOPPER
 #include "marlin_bulk.cuh"
-#else
-__device__ __forceinline__ void copy16(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
-}
 #endif
 
 // Where a warp's ring is filled next: its channels of the first round, then of the second.
@@ -118,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #if !HOPPER
     fill_x(i, ahead_x);
     ahead_x.advance(first, k1);
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
 #endif
   }
 #if HOPPER
@@ -138,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #if HOPPER
       wait(full + 8 * slot, parity);
 #else
-      asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+      wait_for_copies<DEPTH - 1>();
       __syncwarp();
 #endif
       multiply<NT, STRIPS>(sums, ring + slot * WEIGHT_BYTES, shared_address(x_ring + slot * X_BYTES), X_HALF, tokens, lane);
@@ -146,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       fill_weights(slot, ahead);
       fill_x(slot, ahead);
 #if !HOPPER
-      asm volatile("cp.async.commit_group;" ::: "memory");
+      commit_copies();
 #endif
       ahead.advance(first, k1);
       if (++slot == DEPTH) slot = 0, parity ^= 1;

@@ -21,6 +21,8 @@ from awqc.kernels.marlin_join import join, join_launch
 
 #: Bytes of shared memory at the start of a streaming block: for its alignment, and for its barriers.
 _BARRIERS = 2048
+#: Whether sums of 16 activations are one product with ones rather than two: ``TURNED`` of marlin_block.cuh.
+TURNED = 0
 #: Channels of a row of 128 bytes, which is what copies swizzle.
 _HALF_CHANNELS = 64
 #: Rows of a strip.
@@ -162,6 +164,7 @@ def _macros(
         "SPLIT": tiling.split,
         "DEPTH": tiling.depth,
         "HOPPER": int(hopper),
+        "TURNED": TURNED,
     }
 
 

@@ -1,5 +1,6 @@
-// CUDA's language on the host, as far as portable kernels use it: the threads of a block are fibers that take
-// turns at __syncthreads(), blocks run one after the other. Compiled in front of a .cu file.
+// CUDA's language on the host, as far as the kernels use it: the threads of a block are fibers that take turns where
+// they wait for each other, blocks run one after the other. Compiled in front of a .cu file. SHARED is the type of the
+// shared memory that it declares.
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <cstdint>
@@ -48,16 +49,50 @@ struct Size { unsigned x, y, z; };
 struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 
 static Size threadIdx, blockIdx, blockDim, gridDim;
 constexpr unsigned MOST_THREADS = 1024, STACK = 1 << 16;
-alignas(1024) float shared[1 << 16];  // what the kernels declare extern
+alignas(1024) SHARED shared[(1 << 18) / sizeof(SHARED)];  // what the kernels declare extern
 static ucontext_t scheduler, fibers[MOST_THREADS];
 static bool ended[MOST_THREADS];
 static char* stacks;
 static std::function<void()> body;
 
-static void __syncthreads() { swapcontext(&fibers[threadIdx.x], &scheduler); }
+// Where `size` threads wait for each other.
+struct Barrier {
+  unsigned arrived, generation;
+  void wait(unsigned size) {
+    const unsigned mine = generation;
+    if (++arrived == size) arrived = 0, ++generation;
+    while (generation == mine) swapcontext(&fibers[threadIdx.x], &scheduler);
+  }
+};
+static Barrier block_barrier, warp_barriers[MOST_THREADS / 32];
+
+static void __syncthreads() { block_barrier.wait(blockDim.x); }
+static void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
+
+// What the lanes of a warp show each other, a few words each.
+static uint32_t shown[MOST_THREADS / 32][32][8];
+static float __shfl_sync(unsigned, float value, int lane) {
+  auto& own = shown[threadIdx.x / 32];
+  std::memcpy(&own[threadIdx.x % 32][0], &value, 4);
+  __syncwarp();
+  float found;
+  std::memcpy(&found, &own[lane & 31][0], 4);
+  __syncwarp();
+  return found;
+}
+
+template <class T> static T __ldg(const T* p) { return *p; }
+static uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) {
+  return uint32_t((uint64_t(high) << 32 | low) >> (by & 31));
+}
+static float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a > b ? a : b; }
+static size_t __cvta_generic_to_shared(const void* p) { return size_t(static_cast<const char*>(p) - reinterpret_cast<const char*>(shared)); }
 
 static float __uint_as_float(uint32_t bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 static uint32_t __float_as_uint(float f) { uint32_t bits; std::memcpy(&bits, &f, 4); return bits; }
@@ -84,6 +119,8 @@ static void launch(Size grid, unsigned threads, std::function<void()> kernel) {
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = {x, y, z};
         std::memset(shared, 0xff, sizeof shared);
+        block_barrier = {};
+        std::memset(warp_barriers, 0, sizeof warp_barriers);
         for (unsigned t = 0; t < threads; ++t) {
           getcontext(&fibers[t]);
           fibers[t].uc_stack.ss_sp = stacks + size_t(t) * STACK, fibers[t].uc_stack.ss_size = STACK;

@@ -7,23 +7,17 @@ Tensors end where no access is allowed, so a load or a store past an end stops t
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from awqc.kernels.cuda_launch import read_source
 from awqc.kernels.exllama_layout import CHANNELS
 from awqc.kernels.qlinear_exllama import Block, ExLlama
 from awqc.quantized import QuantizedWeight, Scheme, quantize
+from tests.kernels.on_host import COMPILER, Memory, compiled
 
-COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 #: Calls a kernel with arguments as ctypes passes them.
@@ -45,39 +39,8 @@ extern "C" void run_reconstruct(unsigned gx, unsigned gy, u16* weight, const u32
 """
 
 
-@functools.cache
-def compiled(**defines: int) -> ctypes.CDLL:
-    """The kernels with these macros, as a library."""
-    folder = Path(tempfile.mkdtemp())
-    shim = (Path(__file__).parent / "host_cuda.h").read_text()
-    (folder / "kernels.cpp").write_text("\n".join((shim, read_source("exllama.cu"), ENTRY)))
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing", "-ffp-contract=off"]
-    flags += [f"-D{name}={value}" for name, value in defines.items()]
-    command = [str(COMPILER), *flags, "-o", str(folder / "kernels.so"), str(folder / "kernels.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(folder / "kernels.so"))
-    library.guarded.restype = ctypes.c_void_p
-    shutil.rmtree(folder)
-    return library
-
-
-class Memory:
-    """A copy of a tensor (NaN for what is to be written) in memory that ends where no access is allowed."""
-
-    def __init__(self, library: ctypes.CDLL, tensor: Tensor | None) -> None:
-        self.tensor = tensor
-        self.pointer = ctypes.c_void_p(0)
-        if tensor is not None:
-            self.size = tensor.numel() * tensor.itemsize
-            self.pointer = ctypes.c_void_p(library.guarded(ctypes.c_size_t(self.size)))
-            ctypes.memmove(self.pointer, tensor.contiguous().data_ptr(), self.size)
-
-    def read(self) -> Tensor:
-        assert self.tensor is not None
-        out = torch.empty_like(self.tensor)
-        ctypes.memmove(out.data_ptr(), self.pointer, self.size)
-        return out
+def library(**defines: int) -> ctypes.CDLL:
+    return compiled("exllama.cu", ENTRY, "float", **defines)
 
 
 def weight_of(n: int, k: int, group_size: int, zero_point: bool = True) -> QuantizedWeight:
@@ -93,7 +56,7 @@ def multiply_on_host(
     tensors, (n, group_size) = ExLlama.pack(
         weight.codes, weight.scales, weight.zeros, bias, 4, weight.scheme.group_size
     )
-    library = compiled(
+    kernels = library(
         COLUMNS=block.columns,
         TOKENS=block.tokens,
         WARPS=block.warps,
@@ -110,15 +73,15 @@ def multiply_on_host(
     shares = block.shares(rounded, n, chunks, processors, limit)
     assert block.shared_bytes(chunks, shares) <= min(limit, 4 << 16)
     nan = torch.tensor(float("nan"), dtype=x.dtype)
-    y = Memory(library, nan.expand(m, n))
-    partial = Memory(library, nan.float().expand(shares, m, n))
-    operands = [Memory(library, t) for t in (x, words, scales, zeros, bias)]
+    y = Memory(kernels, nan.expand(m, n))
+    partial = Memory(kernels, nan.float().expand(shares, m, n))
+    operands = [Memory(kernels, t) for t in (x, words, scales, zeros, bias)]
     grid = (math.ceil(n / (32 * block.columns)), shares, rounded // block.tokens)
     sizes = (m, n, k, stride, chunks, math.ceil(group / CHANNELS))
-    library.run_product(*grid, y.pointer, partial.pointer, *(o.pointer for o in operands), *sizes)
+    kernels.run_product(*grid, y.pointer, partial.pointer, *(o.pointer for o in operands), *sizes)
     if shares > 1:
         blocks = math.ceil(m * n / 256)
-        library.run_join(blocks, y.pointer, partial.pointer, operands[-1].pointer, m * n, n, shares)
+        kernels.run_join(blocks, y.pointer, partial.pointer, operands[-1].pointer, m * n, n, shares)
     return y.read()
 
 
@@ -160,7 +123,7 @@ def test_every_dtype_of_activations_and_scales(dtype: torch.dtype, scale_dtype: 
     exact = weight.dequantize(torch.float64)
     got = multiply_on_host(x, weight, None, Block(4, 4, 4, 2), 8, 64 << 10)
     assert_close(got, x.double() @ exact.t(), x, weight)
-    library = compiled(
+    kernels = library(
         COLUMNS=1,
         TOKENS=1,
         WARPS=1,
@@ -169,10 +132,10 @@ def test_every_dtype_of_activations_and_scales(dtype: torch.dtype, scale_dtype: 
         DEPENDENT=0,
     )
     tensors, _ = ExLlama.pack(weight.codes, weight.scales, weight.zeros, None, 4, 64)
-    out = Memory(library, torch.tensor(float("nan"), dtype=dtype).expand(168, 70))
-    operands = [Memory(library, tensors[name]) for name in ("words", "scales", "zeros")]
+    out = Memory(kernels, torch.tensor(float("nan"), dtype=dtype).expand(168, 70))
+    operands = [Memory(kernels, tensors[name]) for name in ("words", "scales", "zeros")]
     stride = operands[0].tensor.shape[1] if operands[0].tensor is not None else 0
-    library.run_reconstruct(
+    kernels.run_reconstruct(
         1, 168 // 8, out.pointer, *(o.pointer for o in operands), 70, 168, stride, 64 // 8
     )
     # The difference of codes is exact, and so is its product with a scale of at most 24 bits: rounded twice.
@@ -190,12 +153,10 @@ def test_what_is_no_number_stays_in_its_row() -> None:
 
 def test_weights_of_odd_width_are_written_out_whole() -> None:
     weight = weight_of(33, 61, -1)
-    library = compiled(
-        COLUMNS=1, TOKENS=1, WARPS=1, BFLOAT=0, SCALES=SCALES[weight.scales.dtype], DEPENDENT=0
-    )
+    kernels = library(COLUMNS=1, TOKENS=1, WARPS=1, BFLOAT=0, SCALES=SCALES[weight.scales.dtype], DEPENDENT=0)
     tensors, _ = ExLlama.pack(weight.codes, weight.scales, weight.zeros, None, 4, -1)
-    out = Memory(library, torch.tensor(float("nan")).half().expand(61, 33))
-    operands = [Memory(library, tensors[name]) for name in ("words", "scales", "zeros")]
+    out = Memory(kernels, torch.tensor(float("nan")).half().expand(61, 33))
+    operands = [Memory(kernels, tensors[name]) for name in ("words", "scales", "zeros")]
     stride = tensors["scales"].shape[1] if tensors["scales"] is not None else 0
-    library.run_reconstruct(1, 8, out.pointer, *(o.pointer for o in operands), 33, 61, stride, 8)
+    kernels.run_reconstruct(1, 8, out.pointer, *(o.pointer for o in operands), 33, 61, stride, 8)
     assert torch.equal(out.read(), weight.dequantize(torch.float32).t().half())

@@ -1,0 +1,234 @@
+"""All checks of the GPU kernels in one command, each in a process of its own: one that fails hides no other.
+
+    python benchmarks/gpu_check.py --out DIR                  # about 100 s: tests, 2000 shapes, times
+    python benchmarks/gpu_check.py --long --out DIR --model DIR   # about 5 minutes: see long() below
+
+Checks of correctness run side by side, times alone afterwards. Every part has a time limit and a log in
+``--out``; at the end stands a table with the last line of each log, and the failures in full below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PYTEST = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", "--tb=short"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command whose last line says what came out.
+
+    Args:
+        name: of its log.
+        arguments: of the Python interpreter.
+        seconds: after which it is stopped.
+        alone: whether it measures time, and so shares the GPU with nobody.
+        tool: what the interpreter runs under.
+        environment: variables that are set for it.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: float
+    alone: bool = False
+    tool: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def tests(name: str, seconds: float, *arguments: str) -> Part:
+    """A part that runs tests."""
+    return Part(f"test-{name}", (*PYTEST, *arguments), seconds)
+
+
+def shapes(kernel: str, count: int, workers: int, seconds: float) -> list[Part]:
+    """``count`` random shapes shared out over processes."""
+    return [
+        Part(
+            f"shapes-{kernel}-{i}",
+            (
+                *("benchmarks/random_shapes.py", kernel, "--count", str(-(-count // workers))),
+                *("--seed", str(1000 + i), "--seconds", str(seconds - 12)),
+            ),
+            seconds,
+        )
+        for i in range(workers)
+    ]
+
+
+def quick() -> list[Part]:
+    """What fits in 100 seconds."""
+    return [
+        tests(
+            "marlin",
+            60,
+            "tests/gpu",
+            "tests/kernels",
+            "-k",
+            "marlin or launch or join or nvrtc or qlinear_aten",
+        ),
+        tests("exllama", 60, "tests/kernels/test_qlinear_exllama.py", "tests/kernels/test_exllama_layout.py"),
+        tests("triton", 60, "tests/kernels", "-k", "triton or words or autotune or experts"),
+        tests("fused", 60, "tests/kernels", "-k", "fused or extension"),
+        tests("backends-marlin", 60, "tests/backends", "-k", "marlin"),
+        tests("backends-exllama", 60, "tests/backends", "-k", "exllama"),
+        tests("backends-triton", 60, "tests/backends", "-k", "triton"),
+        *shapes("marlin", 900, 3, 60),
+        *shapes("exllama", 500, 2, 60),
+        *shapes("triton", 400, 3, 60),
+        *shapes("experts", 200, 2, 60),
+        Part(
+            "times",
+            (
+                "benchmarks/kernels.py",
+                "--tokens",
+                *["1", "2", "4", "8", "16"],
+                "--dtypes",
+                "fp16",
+                "--summary",
+            ),
+            45,
+            alone=True,
+        ),
+    ]
+
+
+def sanitized(tool: str) -> list[Part]:
+    """compute-sanitizer over a few small shapes of every kernel."""
+    return [
+        Part(
+            f"{tool}-{kernel}",
+            (
+                "benchmarks/random_shapes.py",
+                kernel,
+                *["--count", "12", "--seed", "3", "--most-work", "2e7", "--seconds", "100"],
+            ),
+            150,
+            tool=("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "3"),
+            environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),) if tool == "memcheck" else (),
+        )
+        for kernel in ("marlin", "exllama", "triton", "experts")
+    ]
+
+
+def long(model: str | None) -> list[Part]:
+    """What takes minutes: 10 000 shapes, sanitizers, generated text, decoding with 8 B parameters."""
+    parts = [
+        *shapes("marlin", 4000, 4, 150),
+        *shapes("exllama", 2500, 3, 150),
+        *shapes("triton", 2500, 4, 150),
+        *shapes("experts", 1000, 3, 150),
+        *sanitized("memcheck"),
+        *sanitized("racecheck"),
+    ]
+    if model:
+        parts.append(Part("text", ("benchmarks/gpu_text.py", model), 120))
+    for backend in ("marlin", "triton", "exllama"):
+        parts.append(Part(f"decode-{backend}", ("benchmarks/gpu_decode.py", backend), 170))
+    return parts
+
+
+class Run:
+    """A part in its process, from start to end."""
+
+    def __init__(self, part: Part, folder: Path) -> None:
+        self.part, self.log = part, folder / f"{part.name}.log"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            **dict(part.environment),
+        }
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*part.tool, sys.executable, *part.arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
+        self.began = time.monotonic()
+        self.result, self.seconds = "", 0.0
+
+    def poll(self, last: float) -> bool:
+        """Whether it has ended; it is stopped at its time limit, or at the time ``last``."""
+        code = self.process.poll()
+        self.seconds = time.monotonic() - self.began
+        if code is None and self.seconds < self.part.seconds and time.monotonic() < last:
+            return False
+        if code is None:
+            os.killpg(self.process.pid, signal.SIGINT)  # tests then say what failed so far
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        self.result = "stopped" if code is None else "ok" if code == 0 else f"exit {code}"
+        return True
+
+    def text(self) -> list[str]:
+        """Lines of its log that say something."""
+        return [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+
+
+def run(parts: list[Part], folder: Path, workers: int, last: float) -> list[Run]:
+    """Run all parts, ``workers`` at a time, those that measure times one by one at the end."""
+    done: list[Run] = []
+    for alone in (False, True):
+        waiting, running = [part for part in parts if part.alone is alone], list[Run]()
+        while waiting or running:
+            if time.monotonic() > last:
+                waiting.clear()
+            while waiting and len(running) < (1 if alone else workers):
+                running.append(Run(waiting.pop(0), folder))
+            ended = [one for one in running if one.poll(last)]
+            for one in ended:
+                print(f"{one.part.name}: {one.result} after {one.seconds:.0f} s", flush=True)
+            done += ended
+            running = [one for one in running if one not in ended]
+            time.sleep(0.2)
+    return done
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--long", action="store_true", help="the checks that take minutes instead")
+    parser.add_argument("--model", help="a model directory whose generated text is compared (--long)")
+    parser.add_argument("--only", help="parts whose name contains this")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 4), help="parts at a time")
+    parser.add_argument("--seconds", type=float, help="stop everything after so long")
+    parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for logs")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    parts = long(options.model) if options.long else quick()
+    parts = [part for part in parts if not options.only or options.only in part.name]
+    began = time.monotonic()
+    done = run(
+        parts, options.out, options.workers, began + (options.seconds or (420 if options.long else 150))
+    )
+    bad = [one for one in done if one.result != "ok"]
+    for one in bad:
+        print(f"\n--- {one.part.name}: {one.result}")
+        failures = [line for line in one.text() if line.startswith(("FAILED", "E  ", "ERROR"))]
+        print("\n".join(line[:300] for line in (failures[:12] or one.text()[-12:])))
+    for one in done:
+        if one.part.alone:
+            print(f"\n--- {one.part.name}")
+            print("\n".join(one.text()[-40:]))
+    print(f"\n{'part':<20}{'result':<10}{'s':>5}  last line")
+    for one in done:
+        print(f"{one.part.name:<20}{one.result:<10}{one.seconds:>5.0f}  {(one.text() or ['-'])[-1][:90]}")
+    print(f"{len(done) - len(bad)} of {len(parts)} parts ok, {time.monotonic() - began:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

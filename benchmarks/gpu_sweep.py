@@ -1,0 +1,293 @@
+"""Launch configurations of the GPU kernels against each other, and against those that ship.
+
+    python benchmarks/gpu_sweep.py --out sweep.csv --kernels marlin wide exllama triton
+
+For every kernel, number of tokens and shape all configurations worth trying are timed as in ``kernels.py``.
+The tables at the end say for each number of tokens what ships, the best for each shape, and the best for all
+(geometric mean of the times over that of the best for each shape). Side processes compile everything first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from awqc.kernels import configs, marlin_pair, marlin_stream, marlin_wide, qlinear_exllama, qlinear_triton
+from awqc.kernels.qlinear_exllama import Block, ExLlama
+from awqc.kernels.qlinear_marlin import Marlin
+from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight
+from kernels import GROUP, SHAPES, per_call, repeated, rotation, weight_of
+
+TOKENS = {
+    "marlin": (1, 8, 16),
+    "wide": (32, 64, 128, 512),
+    "exllama": (1, 2, 4, 8),
+    "triton": (1, 16, 32),
+}
+LIMIT = 227 << 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration; ``macros`` select a variant of the source."""
+
+    config: Any
+    macros: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self) -> str:
+        fields = vars(self.config).items() if self.config is not None else [("route", "dense")]
+        return " ".join(f"{name}={value}" for name, value in (*fields, *self.macros))
+
+
+def streams(n: int, k: int, m: int) -> list[Candidate]:
+    """Tilings of ``marlin_small.cu``; the first is the one that ships."""
+    rows, columns = -(-n // 64), -(-k // 128)
+    found = {marlin_stream.tile(rows, columns, m, GROUP, 132, LIMIT): None}
+    for split in (1, 2, 4):
+        share = -(-rows * 4 // (132 // split))
+        for rounds in {-(-share // 8), -(-share // 4)}:
+            for warps in (8, 16):
+                for depth in (1, 2, 3, 4):
+                    tiling = marlin_stream.Tiling(warps, -(-share // rounds), rounds, split, depth)
+                    if tiling.shared_bytes(m, GROUP) <= LIMIT:
+                        found[tiling] = None
+    variants: list[tuple[tuple[str, int], ...]] = [()]
+    variants += [(("TURNED", 1 - marlin_stream.TURNED),)] if m > 8 else []
+    return [Candidate(tiling, macros) for macros in variants for tiling in found]
+
+
+def wides(n: int, k: int, m: int) -> list[Candidate]:
+    """Tilings of ``marlin_wide.cu`` and ``marlin_pair.cu``; the first is the one that ships."""
+    rows, columns = -(-n // 64), -(-k // 128)
+    found: dict[Any, None] = {}
+    shipped = marlin_pair.tile(rows, columns, m, GROUP, 132, LIMIT)
+    found[shipped or marlin_wide.tile(rows, columns, m, GROUP, 132, LIMIT)] = None
+    for tokens in marlin_wide.TILE_TOKENS:
+        if tokens > 2 * m or m > 8 * tokens:
+            continue
+        for stages in (8, 6, 5, 4, 3, 2):
+            pair = marlin_pair.PairTiling(tokens, stages)
+            if tokens < 256 and pair.shared_bytes(GROUP) <= LIMIT:
+                found[pair] = None
+                break
+        for split in (1, 2, 4):
+            for stages in (8, 6, 5, 4, 3, 2):
+                wide = marlin_wide.WideTiling(tokens, split, stages)
+                if wide.shared_bytes(GROUP) <= LIMIT:
+                    found[wide] = None
+                    break
+    return [Candidate(tiling) for tiling in found]
+
+
+def blocks(n: int, k: int, m: int) -> list[Candidate]:
+    """Blocks of ``exllama.cu``; the first is the one that ships."""
+    shipped = configs.entry(configs.measured(qlinear_exllama.NAME, torch.device("cuda")), m)
+    found = {Block(**shipped): None} if shipped else {}
+    for columns in (1, 2, 4, 8):
+        for warps in (4, 8, 16):
+            for at_once in (1, 2, 4, 8):
+                if columns * m <= 32 and at_once * warps <= 32:
+                    found[Block(m, columns, warps, at_once)] = None
+    return [Candidate(block) for block in found]
+
+
+def tiles(n: int, k: int, m: int) -> list[Candidate]:
+    """Tiles of the Triton product; the first is the one that ships."""
+    shipped = configs.entry(configs.measured(qlinear_triton.NAME, torch.device("cuda")), m)
+    found = {Tile(**shipped): None} if shipped else {}
+    block_m = max(8, m)
+    for block_n, warps in ((16, 1), (16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4)):
+        for stages in (2, 3, 4, 5):
+            for programs in (2, 4, 8, 12):
+                if programs * warps <= 32:
+                    found[Tile(block_m, block_n, warps, stages, programs)] = None
+    return [Candidate(tile) for tile in found]
+
+
+CANDIDATES: dict[str, Callable[[int, int, int], list[Candidate]]] = {
+    "marlin": streams,
+    "wide": wides,
+    "exllama": blocks,
+    "triton": tiles,
+}
+
+
+@contextmanager
+def chosen(candidate: Candidate) -> Iterator[None]:
+    """Let the streaming and wide kernels be cut as ``candidate`` says, whatever the shape."""
+    tiling, kernel = candidate.config, marlin_stream.kernel
+    kept = marlin_stream.tile, marlin_wide.tile
+    marlin_stream.tile = marlin_wide.tile = lambda *_: tiling  # type: ignore[assignment]
+    marlin_stream.kernel = functools.partial(kernel, **dict(candidate.macros))  # type: ignore[assignment]
+    marlin_stream.stream.cache_clear()
+    marlin_wide.wide.cache_clear()
+    try:
+        yield
+    finally:
+        (marlin_stream.tile, marlin_wide.tile), marlin_stream.kernel = kept, kernel
+        marlin_stream.stream.cache_clear()
+        marlin_wide.wide.cache_clear()
+
+
+class Problem:
+    """One shape's packed weight, in copies that together are larger than the cache."""
+
+    def __init__(self, kernel: str, n: int, k: int) -> None:
+        self.kernel, self.n, self.k = kernel, n, k
+        own: Any = {"exllama": ExLlama, "triton": TritonGemm}.get(kernel, Marlin)
+        codes, scales, zeros = weight_of(n, k)
+        self.tensors, _ = own.pack(codes, scales, zeros, None, 4, GROUP)
+        self.main = next(iter(self.tensors))
+        packed = self.tensors[self.main]
+        self.copies = rotation(packed.clone, packed.nbytes)
+
+    def call(self, x: Tensor, packed: Tensor, candidate: Candidate) -> Tensor:
+        """One product."""
+        if self.kernel == "exllama":
+            return qlinear_exllama.multiply(
+                x,
+                packed,
+                self.tensors["scales"],
+                self.tensors["zeros"],
+                None,
+                self.n,
+                GROUP,
+                candidate.config,
+            )
+        if self.kernel == "triton":
+            weight = Weight(packed, self.tensors["scales"], self.tensors["zeros"], self.n, self.k, GROUP)
+            return qlinear_triton.multiply(x, weight, None, candidate.config)
+        arguments = (x, packed, None, self.n, GROUP, False)
+        if self.kernel == "marlin":
+            return marlin_stream.multiply(*arguments)
+        if isinstance(candidate.config, marlin_pair.PairTiling):
+            return marlin_pair.multiply(candidate.config, *arguments)
+        return marlin_wide.multiply(*arguments)
+
+    def time(self, m: int, candidate: Candidate, once: bool) -> float | str:
+        """Microseconds a call, or why there are none; with ``once`` it is only compiled and run."""
+        x = torch.randn(m, self.k, device="cuda").half()
+        try:
+            with chosen(candidate):
+                if once:
+                    self.call(x, self.copies[0], candidate)
+                    return 0.0
+                calls = [functools.partial(self.call, x, w, candidate) for w in repeated(self.copies)]
+                return per_call(calls, replays=5)
+        except Exception as error:
+            if isinstance(error, KeyboardInterrupt) or "CUDA error" in str(error):
+                raise
+            return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def warm(options: argparse.Namespace) -> None:
+    """Let side processes compile everything into the caches on disk."""
+    count = min(14, os.cpu_count() or 1)
+    command = [sys.executable, __file__, "--kernels", *options.kernels]
+    processes = [subprocess.Popen([*command, "--warm", f"{i}/{count}"]) for i in range(count)]
+    last = time.monotonic() + options.warm_seconds
+    for process in processes:
+        try:
+            process.wait(max(1.0, last - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def warmed(options: argparse.Namespace) -> None:
+    """The part of a side process: every so-manieth candidate, once. Shapes differ in tilings alone."""
+    own, count = map(int, options.warm.split("/"))
+    for kernel in options.kernels:
+        seen: set[object] = set()
+        jobs = []
+        for n, k in SHAPES:
+            for m in TOKENS[kernel]:
+                for candidate in CANDIDATES[kernel](n, k, m):
+                    if (key := (m, candidate, n if kernel == "triton" else 0)) not in seen:
+                        seen.add(key)
+                        jobs.append((n, k, m, candidate))
+        problems: dict[tuple[int, int], Problem] = {}
+        for n, k, m, candidate in jobs[own::count]:
+            if (n, k) not in problems:
+                problems = {(n, k): Problem(kernel, n, k)}
+                problems[n, k].copies = problems[n, k].copies[:1]
+            problems[n, k].time(m, candidate, once=True)
+
+
+def table(rows: list[dict[str, Any]], kernel: str, m: int) -> Iterator[str]:
+    """What ships, the best for each shape, and the best for all."""
+    own = [row for row in rows if (row["kernel"], row["m"]) == (kernel, m)]
+    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in own))
+    times = {s: {r["config"]: r["us"] for r in own if (r["n"], r["k"]) == s} for s in shapes}
+    best = {s: min(t.items(), key=lambda item: item[1]) for s, t in times.items()}
+    for s in shapes:
+        shipped = next(r for r in own if (r["n"], r["k"]) == s and r["ships"])
+        yield f"  {s[0]}x{s[1]}: ships {shipped['us']:.2f}, best {best[s][1]:.2f} ({best[s][0]})"
+    common = set.intersection(*(set(t) for t in times.values()))
+    if common:
+
+        def over(config: str) -> float:
+            return statistics.geometric_mean(times[s][config] / best[s][1] for s in shapes)
+
+        for config in sorted(common, key=over)[:2]:
+            yield f"  for all: {over(config):.3f} of the best ({config})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kernels", nargs="*", default=list(TOKENS), choices=list(TOKENS))
+    parser.add_argument("--seconds", type=float, default=90, help="stop timing after so long")
+    parser.add_argument("--warm-seconds", type=float, default=45, help="stop compiling after so long")
+    parser.add_argument("--warm", help="for side processes")
+    parser.add_argument("--out", help="CSV file")
+    options = parser.parse_args()
+    if options.warm:
+        return warmed(options)
+    warm(options)
+    began, rows = time.monotonic(), list[dict[str, Any]]()
+    left = sum(len(SHAPES) * len(TOKENS[kernel]) for kernel in options.kernels)
+    for kernel in options.kernels:
+        for n, k in SHAPES:
+            problem = Problem(kernel, n, k)
+            for m in TOKENS[kernel]:
+                now = time.monotonic()
+                share, left = now + (options.seconds - (now - began)) / left, left - 1
+                for i, candidate in enumerate(CANDIDATES[kernel](n, k, m)):
+                    if i and time.monotonic() > share:
+                        break
+                    us = problem.time(m, candidate, once=False)
+                    if isinstance(us, str):
+                        print(f"{kernel} {n}x{k} M={m} {candidate}: {us}")
+                        continue
+                    entry = {"kernel": kernel, "n": n, "k": k, "m": m, "us": round(us, 2), "ships": i == 0}
+                    rows.append({**entry, "config": str(candidate)})
+            del problem
+            torch.cuda.empty_cache()
+    if options.out:
+        with open(options.out, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    for kernel in options.kernels:
+        for m in TOKENS[kernel]:
+            print(f"{kernel} M={m}")
+            print("\n".join(table(rows, kernel, m)))
+    print(f"{len(rows)} times, {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
