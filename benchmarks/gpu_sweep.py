@@ -130,16 +130,15 @@ CANDIDATES: dict[str, Callable[[int, int, int], list[Candidate]]] = {
 @contextmanager
 def chosen(candidate: Candidate) -> Iterator[None]:
     """Let the streaming and wide kernels be cut as ``candidate`` says, whatever the shape."""
-    tiling, kernel = candidate.config, marlin_stream.kernel
-    kept = marlin_stream.tile, marlin_wide.tile
-    marlin_stream.tile = marlin_wide.tile = lambda *_: tiling  # type: ignore[assignment]
-    marlin_stream.kernel = functools.partial(kernel, **dict(candidate.macros))  # type: ignore[assignment]
+    kept = marlin_stream.tile, marlin_wide.tile, marlin_stream.TURNED
+    marlin_stream.tile = marlin_wide.tile = lambda *_: candidate.config  # type: ignore[assignment]
+    marlin_stream.TURNED = dict(candidate.macros).get("TURNED", marlin_stream.TURNED)
     marlin_stream.stream.cache_clear()
     marlin_wide.wide.cache_clear()
     try:
         yield
     finally:
-        (marlin_stream.tile, marlin_wide.tile), marlin_stream.kernel = kept, kernel
+        marlin_stream.tile, marlin_wide.tile, marlin_stream.TURNED = kept
         marlin_stream.stream.cache_clear()
         marlin_wide.wide.cache_clear()
 
