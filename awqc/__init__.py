@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from awqc.graph import Graph
     from awqc.loading import load
     from awqc.pipeline import Pass, Pipeline
+    from awqc.planning import Plan, plan
     from awqc.quantized import QuantizedWeight, Scheme
     from awqc.report import Report
 
@@ -32,6 +33,7 @@ __all__ = [
     "Graph",
     "Pass",
     "Pipeline",
+    "Plan",
     "QuantConfig",
     "QuantizedWeight",
     "Report",
@@ -39,6 +41,7 @@ __all__ = [
     "analyze",
     "compile",
     "load",
+    "plan",
     "register_backend",
 ]
 
@@ -54,6 +57,7 @@ _MODULES = {
     "Graph": "awqc.graph",
     "Pass": "awqc.pipeline",
     "Pipeline": "awqc.pipeline",
+    "Plan": "awqc.planning",
     "QuantConfig": "awqc.config",
     "QuantizedWeight": "awqc.quantized",
     "Report": "awqc.report",
@@ -61,6 +65,7 @@ _MODULES = {
     "analyze": "awqc.analysis",
     "compile": "awqc.api",
     "load": "awqc.loading",
+    "plan": "awqc.planning",
     "register_backend": "awqc.backend",
 }
 

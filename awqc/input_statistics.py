@@ -11,7 +11,7 @@ from torch import Tensor
 #: One sample in this many is held out from every search, to judge what the search proposes.
 HELD_OUT_EVERY = 8
 #: Width of the column blocks of which only the upper triangle of a Gram matrix is computed.
-_GRAM_BLOCK = 256
+GRAM_BLOCK = 256
 
 
 @dataclass
@@ -56,8 +56,8 @@ class InputStatistics:
     def finish(self) -> None:
         """Complete the symmetric halves and turn sums into means."""
         for gram in (self.gram, self.held_out):
-            for i in range(_GRAM_BLOCK, len(gram), _GRAM_BLOCK):
-                gram[i:, i - _GRAM_BLOCK : i] = gram[i - _GRAM_BLOCK : i, i:].T
+            for i in range(GRAM_BLOCK, len(gram), GRAM_BLOCK):
+                gram[i:, i - GRAM_BLOCK : i] = gram[i - GRAM_BLOCK : i, i:].T
         self.mean_abs /= max(self.tokens, 1)
 
     def fold(self, divisor: Tensor) -> None:
@@ -68,8 +68,8 @@ class InputStatistics:
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:
-    for i in range(0, len(gram), _GRAM_BLOCK):
-        gram[i : i + _GRAM_BLOCK, i:].addmm_(x[:, i : i + _GRAM_BLOCK].T, x[:, i:])
+    for i in range(0, len(gram), GRAM_BLOCK):
+        gram[i : i + GRAM_BLOCK, i:].addmm_(x[:, i : i + GRAM_BLOCK].T, x[:, i:])
 
 
 def split_sample(x: Tensor, index: int, count: int) -> Sequence[tuple[Tensor, bool]]:

@@ -20,9 +20,10 @@ from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
 from awqc.graph import Graph
-from awqc.stages import Stage, Stages
+from awqc.stages import Observer, Stage, Stages
 from awqc.text import diff_text
 from awqc.verify import StageCheck, check_equal
+from awqc.work import Work
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Pass(ABC):
     @abstractmethod
     def run(self, graph: Graph, context: Context) -> None:
         """Do it: change ``graph``, its weights or its facts; report rows to ``context.report``."""
+
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work | None:
+        """What :meth:`run` will do to a stage with these ``observers``, for plans; None if it is not known.
+
+        Args:
+            graph: with shapes alone; its weights may not be read.
+            samples: calibration sequences of the shape that the graph has.
+        """
+        return None
 
 
 @dataclass(frozen=True)

@@ -113,12 +113,12 @@ def linears(report: Report, full: bool = False) -> Table | None:
     # Where schemes differ theirs is the column to see; 100 columns do not hold both.
     several = len({row.scheme for row in rows}) > 1
     headings = ["linear", *_count(full), ">N x K", ">error", ">vs RTN", "scheme" if several else ">clipped"]
-    table = _table("Quantized linears", *headings, ">GPTQ", "backend")
+    table = titled("Quantized linears", *headings, ">GPTQ", "backend")
 
     def kind(row: LinearRow) -> tuple[str, ...]:
-        return (row.name if full else _kind(row.name), _shape(row), row.scheme, row.backend)
+        return (row.name if full else pattern(row.name), _shape(row), row.scheme, row.backend)
 
-    for (name, shape, scheme, backend), members in _by(rows, kind):
+    for (name, shape, scheme, backend), members in alike(rows, kind):
         nearest, error = _mean(r.nearest_error for r in members), _mean(r.error for r in members)
         compensated = sum("compensated" in r.rounding for r in members)
         table.add_row(
@@ -160,13 +160,13 @@ def groups(report: Report, full: bool = False) -> Table | None:
     """Scale groups: the candidate that won and what it gained on held-out tokens."""
     if not report.groups:
         return None
-    table = _table("Scale groups", "producer", "consumers", ">applied", "scales", ">gain")
+    table = titled("Scale groups", "producer", "consumers", ">applied", "scales", ">gain")
 
     def kind(row: GroupRow) -> tuple[str, ...]:
         consumers = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in row.linears))
-        return (row.name if full else _kind(row.name), consumers)
+        return (row.name if full else pattern(row.name), consumers)
 
-    for (name, consumers), members in _by(report.groups.values(), kind):
+    for (name, consumers), members in alike(report.groups.values(), kind):
         applied = [row for row in members if row.applied]
         table.add_row(
             name.removesuffix(".weight"),
@@ -183,18 +183,18 @@ def analysis(found: Analysis, full: bool = False) -> RenderableType:
     from awqc.views import expert_linears  # views need torch, which a report does not
     from awqc.views import linears as views_of
 
-    table = _table("Scale groups", "producers", *_count(full), ">channels", "consumers")
+    table = titled("Scale groups", "producers", *_count(full), ">channels", "consumers")
 
     def kind(group: ScaleGroup) -> tuple[str, ...]:
         producers = [part.parameter for part in group.producers]
-        first, *others = [_kind(name) if not full else name for name in producers]
+        first, *others = [pattern(name) if not full else name for name in producers]
         short = [name.rpartition(".")[2] if _module(name) == _module(first) else name for name in others]
         consumers = dict.fromkeys(_module(part.parameter).rpartition(".")[2] for part in group.consumers)
         alive = int(group.alive.sum())
         channels = str(alive) if alive == group.channels else f"{alive} of {group.channels}"
         return ", ".join([first, *short]), channels, ", ".join(consumers)
 
-    for (producers, channels, consumers), members in _by(found.groups, kind):
+    for (producers, channels, consumers), members in alike(found.groups, kind):
         table.add_row(producers, *([] if full else [str(len(members))]), channels, consumers)
     shapes = {v.parameter: f"{v.out_features}x{v.in_features}" for v in views_of(found.graph)}
     shapes |= {
@@ -213,7 +213,7 @@ def seconds(report: Report) -> Table | None:
     """Wall time by pass, in the order they ran."""
     if not report.seconds:
         return None
-    table = _table("Time", "pass", ">seconds", ">share")
+    table = titled("Time", "pass", ">seconds", ">share")
     total = sum(report.seconds.values())
     for name, spent in report.seconds.items():
         table.add_row(name, f"{spent:.2f}", f"{spent / total:.0%}" if total else "")
@@ -222,7 +222,7 @@ def seconds(report: Report) -> Table | None:
 
 def notes(report: Report) -> Table | None:
     """What was skipped or approximated, of the whole and of linears, each said once."""
-    table = _table("Notes", "where", "what")
+    table = titled("Notes", "where", "what")
     for where, what in report.notes:
         table.add_row(where, what)
     for what, count in Counter(note for row in report.linears.values() for note in row.notes).items():
@@ -240,7 +240,7 @@ def size(count: int) -> str:
     return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
 
 
-def _table(title: str, *headings: str) -> Table:
+def titled(title: str, *headings: str) -> Table:
     """A table with these headings; ``>`` aligns a column to the right."""
     table = Table(
         title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
@@ -257,19 +257,21 @@ def _reasons(title: str, rows: list[tuple[str, str, str]], full: bool) -> Table 
     """Name, shape and reason of linears; nodes named in a reason may differ in their number."""
     if not rows:
         return None
-    table = _table(title, "linear", *_count(full), ">N x K", "why")
+    table = titled(title, "linear", *_count(full), ">N x K", "why")
 
     def kind(row: tuple[str, str, str]) -> tuple[str, ...]:
         name, shape, why = row
-        return (name,) if full else (_kind(name), shape, why.translate(_NO_NUMBERS))
+        return (name,) if full else (pattern(name), shape, why.translate(_NO_NUMBERS))
 
-    for (name, *_), members in _by(rows, kind):
+    for (name, *_), members in alike(rows, kind):
         _, shape, why = members[0]
         table.add_row(name, *([] if full else [str(len(members))]), shape, why)
     return table
 
 
-def _by(rows: Iterable[T], key: Callable[[T], tuple[str, ...]]) -> Iterable[tuple[tuple[str, ...], list[T]]]:
+def alike(
+    rows: Iterable[T], key: Callable[[T], tuple[str, ...]]
+) -> Iterable[tuple[tuple[str, ...], list[T]]]:
     """Rows with the same key together, in the order of their first."""
     found: dict[tuple[str, ...], list[T]] = {}
     for row in rows:
@@ -285,7 +287,8 @@ def _module(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _kind(name: str) -> str:
+def pattern(name: str) -> str:
+    """The name of a kind: ``a.0.b`` and ``a.1.b`` are ``a.*.b``."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
@@ -297,7 +300,7 @@ def _shape(row: LinearRow) -> str:
 def _families(rows: list[GroupRow]) -> str:
     """Each family that was applied with the range of its ratios."""
     parts = []
-    for (family,), members in _by(rows, lambda row: (row.family,)):
+    for (family,), members in alike(rows, lambda row: (row.family,)):
         low, high = min(r.ratio for r in members), max(r.ratio for r in members)
         parts.append(f"{family} {low:.2f}" if low == high else f"{family} {low:.2f}-{high:.2f}")
     return ", ".join(parts)

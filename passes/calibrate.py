@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from awqc.activations import Activations
 from awqc.context import Context
 from awqc.graph import Graph
+from awqc.input_statistics import GRAM_BLOCK
 from awqc.loss import GATE_ROWS, output_loss
 from awqc.matrices import matrices
 from awqc.pipeline import Pass
 from awqc.quantized import minmax_grid, sample_rows
 from awqc.schemes import Schemes
-from awqc.stages import Observers, Stages
+from awqc.stages import Observer, Observers, Stages
 from awqc.statistics import Statistics
 from awqc.views import ExpertLinear
+from awqc.work import Work, matrices_of, quantized_views, rows
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,21 @@ class Calibrate(Pass):
     scope: ClassVar = "stage"
     requires: ClassVar[tuple[type, ...]] = (Observers, Stages, Schemes)
     provides: ClassVar[tuple[type, ...]] = (Statistics,)
+
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+        work, schemes = Work(), graph.facts[Schemes]
+        for observer in observers:
+            views = {type(view): view for view in observer.views}
+            for view in views.values():  # statistics are shared by all that read the activation
+                k, tokens = view.in_features, rows(view) * samples
+                work["grams"] += tokens * k * (k + GRAM_BLOCK)
+                work["calls"] += samples * matrices_of(view) * (8 + k // GRAM_BLOCK)
+        for _, view, _ in quantized_views(observers, schemes):
+            n, k, count = view.out_features, view.in_features, matrices_of(view)
+            work["flops"] += count * 4 * min(n, GATE_ROWS) * k * k
+            work["moved"] += count * 4 * n * k
+            work["calls"] += count * 40
+        return work
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None

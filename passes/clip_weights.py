@@ -6,6 +6,7 @@ lower its error on held-out tokens. Each expert has a grid of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +22,9 @@ from awqc.matrices import matrices, together
 from awqc.pipeline import Pass
 from awqc.quantized import Grid, Scheme, minmax_grid, sample_rows
 from awqc.schemes import Schemes
+from awqc.stages import Observer
 from awqc.statistics import Statistics
+from awqc.work import Work, matrices_of, quantized_views
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,15 @@ class ClipWeights(Pass):
     output: ClassVar = "lossy"
 
     shrinks: tuple[float, ...] = SHRINKS
+
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+        work = Work()
+        for _, view, _ in quantized_views(observers, graph.facts[Schemes]):
+            n, k, count = view.out_features, view.in_features, matrices_of(view)
+            work["clipped"] += count * n * k * len(self.shrinks)
+            work["flops"] += count * 4 * min(n, GATE_ROWS) * k * k
+            work["calls"] += count * (k // 128 + 20 * len(self.shrinks))
+        return work
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None

@@ -7,6 +7,7 @@ compared before and after. Values and statistics that were computed before the f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,10 @@ from awqc.context import Context
 from awqc.graph import Graph
 from awqc.pipeline import Pass
 from awqc.scales import FoldedScales, Scales
+from awqc.stages import Observer
 from awqc.statistics import Statistics
+from awqc.verify import CHECKED_ROWS
+from awqc.work import Work, matrices_of, rows
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,17 @@ class FoldScales(Pass):
     requires: ClassVar[tuple[type, ...]] = (Scales, Statistics)
     provides: ClassVar[tuple[type, ...]] = (FoldedScales,)
     consumes: ClassVar[tuple[type, ...]] = (Scales,)
+
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+        # Weights are multiplied, and the linears of one sample run before and after.
+        work = Work()
+        for observer in observers:
+            for view in observer.views if observer.group is not None else ():
+                n, k, count = view.out_features, view.in_features, matrices_of(view)
+                work["moved"] += count * 24 * n * k
+                work["flops"] += 4 * min(rows(view), CHECKED_ROWS) * n * k
+                work["calls"] += 200
+        return work
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None

@@ -27,6 +27,7 @@ from awqc.stages import Observer
 from awqc.statistics import Statistics
 from awqc.views import ExpertLinear, Linear
 from awqc.weights import Rounded
+from awqc.work import Work, matrices_of, quantized_views
 
 #: Elements of experts' weights, or of their Gram matrices, that are handled at once; some six copies of them
 #: are needed.
@@ -58,6 +59,25 @@ class RoundWeights(Pass):
 
     method: Literal["compensated", "nearest"] = "compensated"
     sweeps: int = 0
+
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+        work, steps = Work(), dict[tuple[str, Scheme, bool], int]()
+        for observer, view, scheme in quantized_views(observers, graph.facts[Schemes]):
+            n, k, count = view.out_features, view.in_features, matrices_of(view)
+            work["flops"] += count * 4 * min(n, GATE_ROWS) * k * k
+            work["moved"] += count * 40 * n * k
+            work["calls"] += count * 40
+            if self.method == "nearest":
+                continue
+            work["elements"] += (1 + self.sweeps) * count * n * k
+            work["flops"] += (1 + self.sweeps) * count * n * k * k
+            # Steps are shared by all that read an input; so are factors, and some experts at a time.
+            key = observer.name, scheme, isinstance(view, ExpertLinear)
+            at_once = max(1, _ELEMENTS // (k * max(n, k)))
+            work["factored"] += 0 if key in steps else count * k**3 // 3
+            steps[key] = k * (1 + self.sweeps) * -(-count // at_once)
+        work["columns"] += sum(steps.values())
+        return work
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None

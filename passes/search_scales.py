@@ -18,6 +18,7 @@ factorization. The winner must beat the identity on held-out tokens, or nothing 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -37,7 +38,9 @@ from awqc.report import GroupRow
 from awqc.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
 from awqc.scales import Scales
 from awqc.schemes import Schemes
+from awqc.stages import Observer
 from awqc.statistics import Statistics
+from awqc.work import Work, matrices_of, quantized_views
 
 Candidate = tuple[str, float, Tensor]
 
@@ -92,6 +95,22 @@ class SearchScales(Pass):
     rounding: Literal["nearest", "compensated"] = "nearest"
     objective: Literal["linear", "block"] = "linear"
     finalists: int = 8
+
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+        work, candidates = Work(), 1 + self.grid * len(self.families)
+        grouped = [observer for observer in observers if observer.group is not None]
+        for _, view, _ in quantized_views(grouped, graph.facts[Schemes]):
+            n, k, count = view.out_features, view.in_features, matrices_of(view)
+            sampled = count * (candidates + 2) * min(n, self.sample_rows or n)
+            work["clipped"] += 2 * sampled * k * len(self.shrinks)  # input scales are divided out as well
+            work["flops"] += 2 * sampled * k * k
+            work["moved"] += 16 * sampled * k + count * 12 * n * k
+            work["calls"] += count * (6 * candidates + 100)
+            if self.rounding == "compensated":
+                work["columns"] += count * 2 * k
+                work["elements"] += sampled * k
+                work["flops"] += sampled * k * k
+        return work
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None

@@ -19,6 +19,7 @@ from awqc.cli.export import export
 from awqc.cli.generate import generate
 from awqc.cli.inspect import inspect
 from awqc.cli.options import DEBUG
+from awqc.cli.plan import plan
 from awqc.cli.report import report
 from awqc.errors import AwqcError
 
@@ -71,7 +72,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, compile, evaluate, generate, inspect, report, diff, export, backends):
+for command in (demo, plan, compile, evaluate, generate, inspect, report, diff, export, backends):
     app.command("eval" if command is evaluate else command.__name__)(command)
 
 

@@ -1,0 +1,246 @@
+"""What a compile will do and take: from config and shapes alone, no weight is read.
+
+The graph is captured at the shape of the calibration sequences, and the pipeline's own passes find groups,
+refusals and stages. Time is the work that passes state for each stage, at the rates measured here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from awqc.activations import dependent_on
+from awqc.backend import Backend
+from awqc.calibration import sequence_limit, token_batch
+from awqc.capture import capture
+from awqc.capture.roots import arguments_of, text_part
+from awqc.config import QuantConfig
+from awqc.context import Context
+from awqc.driver import default_pipeline
+from awqc.errors import ConfigError
+from awqc.flags import Flags
+from awqc.graph import Graph
+from awqc.pipeline import Pass, Pipeline
+from awqc.planning.rates import Rates, measure
+from awqc.products import propagation_dtype
+from awqc.quantized import packed_bytes
+from awqc.report import Report
+from awqc.schemes import Schemes
+from awqc.source import aliases, from_module, named_tensors, skeleton
+from awqc.stages import Stage, Stages
+from awqc.weights import Weights
+from awqc.work import Work, matrices_of, quantized_views, run, weights_read
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of a compile.
+
+    Args:
+        name: the first linear of the stage.
+        matrices: how many are quantized in it; those of experts count each.
+        parameters: weights in them.
+        width: input channels of its widest linear.
+        seconds: by pass.
+    """
+
+    name: str
+    matrices: int
+    parameters: int
+    width: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compile will do and take.
+
+    Args:
+        report: decisions and reasons so far: linears, groups, coverage, notes.
+        samples, seq_len: of the calibration.
+        device: where it computes.
+        stages: in their order.
+        seconds: by pass, in their order; what no stage does (capture, reading, saving) too.
+        sizes: bytes of the checkpoint that is read (``stored``), of linears and model in 16 bits and as they
+            are written, as in :class:`awqc.Report`.
+        rates: measured on this device.
+        notes: what the estimate does not hold.
+    """
+
+    report: Report
+    samples: int
+    seq_len: int
+    device: str
+    stages: list[StagePlan]
+    seconds: dict[str, float]
+    sizes: dict[str, int]
+    rates: Rates
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return self.samples * self.seq_len
+
+    @property
+    def total_seconds(self) -> float:
+        """From the command to the saved checkpoint."""
+        return sum(self.seconds.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"tokens": self.tokens, "total_seconds": self.total_seconds}
+
+
+def plan(
+    model: nn.Module | str | Path,
+    *,
+    backend: str | Backend = "auto",
+    config: QuantConfig | None = None,
+    pipeline: Pipeline | None = None,
+    max_calib_samples: int = 128,
+    max_calib_seq_len: int = 512,
+    root: str | None = None,
+    device: str | torch.device = "cpu",
+    rates: Rates | None = None,
+) -> Plan:
+    """What :func:`awqc.compile` will do to ``model`` and what it will take, before any weight is read.
+
+    Args:
+        model: a directory with ``config.json``, weights or not; or a module, also one on ``meta``.
+        backend, config, pipeline, max_calib_samples, max_calib_seq_len, root, device: as for
+            :func:`awqc.compile`.
+        rates: of another plan on this machine; measured by default.
+
+    Raises:
+        CaptureError: if the model cannot be captured.
+        ConfigError: if nothing would be quantized, or its config does not say what it reads.
+    """
+    config, device = config or QuantConfig(), torch.device(device)
+    pipeline = pipeline or default_pipeline()
+    module = model if isinstance(model, nn.Module) else skeleton(Path(model))
+    limit = sequence_limit(module.config) if hasattr(module, "config") else None
+    seq_len = min(max_calib_seq_len, limit or max_calib_seq_len)
+    report, started = Report(config=config.as_dict()), time.perf_counter()
+    graph = _captured(module, seq_len, root)
+    captured = time.perf_counter()
+    _before_calibration(pipeline).run(graph, Context(config, report=report), Flags(check=False))
+    if Stages not in graph.facts:
+        raise ConfigError("this pipeline calibrates nothing: there is no compile to plan")
+    # A compile captures a second time, at a few tokens, for its checks.
+    seconds = Counter(
+        {"capture": 2 * (captured - started), "find-scale-groups": time.perf_counter() - captured}
+    )
+    rates = rates or measure(device, config.scheme, config.propagate_dtype, backend)
+    sizes = {"stored": _stored(model)} | _sizes(module, graph, report)
+    seconds.update({name: rates.seconds(work) for name, work in _once(graph, sizes).items()})
+    rounded = propagation_dtype(config.propagate_dtype, torch.float32, device) is not None
+    staged = [each for each in pipeline if each.scope == "stage"]
+    stages = []
+    for stage, nodes in _segments(graph):
+        one, cast = run(nodes, rounded), weights_read(nodes)
+        moving = {"run-tokens": max_calib_samples * rates.seconds(one) + rates.seconds(cast)}
+        if stage is not None:
+            works = {each.name: each.work(graph, stage.observers, max_calib_samples) for each in staged}
+            moving = {name: rates.seconds(work) for name, work in works.items() if work is not None} | moving
+            stages.append(_stage_plan(graph, stage, moving))
+        seconds.update(moving)
+    unknown = [each.name for each in staged if type(each).work is Pass.work]
+    notes = [f"{name} does not say what it will do: its time is not in the estimate" for name in unknown]
+    return Plan(report, max_calib_samples, seq_len, str(device), stages, dict(seconds), sizes, rates, notes)
+
+
+def _captured(module: nn.Module, seq_len: int, root: str | None) -> Graph:
+    source = from_module(module)
+    root = text_part(module) if root is None else root
+    batch = token_batch(torch.zeros(1, seq_len, dtype=torch.int64), module)
+    weights = Weights(source.names(), source.read, None, "cpu", aliases(module))
+    (given,) = arguments_of(source, root, [batch], weights)
+    return capture(source, given, torch.float32, root=root, purpose="analyze")
+
+
+def _before_calibration(pipeline: Pipeline) -> Pipeline:
+    """The passes in front of the first that runs by stage, without the proof: that runs weights."""
+    first = next((i for i, each in enumerate(pipeline) if each.scope == "stage"), len(pipeline.passes))
+    found = Pipeline(pipeline.passes[:first])
+    for each in found:
+        if hasattr(each, "proof"):
+            found = found.with_options(each.name, proof=False)
+    return found
+
+
+def _segments(graph: Graph) -> list[tuple[Stage | None, list[fx.Node]]]:
+    """Each stage with the nodes that calibration tokens move through when it is done; first, without a stage,
+    those before all of them."""
+    varying = dependent_on(graph, lambda node: node.op == "placeholder")
+    stages, nodes = list(graph.facts[Stages]), graph.nodes
+    found: list[tuple[Stage | None, list[fx.Node]]] = [(None, nodes[: stages[0].start])]
+    # Nothing is quantized behind the last stage, so nothing moves there.
+    found += [(stage, nodes[stage.start : stage.end]) for stage in stages[:-1]]
+    found += [(stages[-1], [])]
+    return [(stage, [node for node in part if node in varying]) for stage, part in found]
+
+
+def _stage_plan(graph: Graph, stage: Stage, seconds: dict[str, float]) -> StagePlan:
+    views = [view for _, view, _ in quantized_views(stage.observers, graph.facts[Schemes])]
+    counts = [matrices_of(view) for view in views]
+    return StagePlan(
+        stage.observers[0].name,
+        sum(counts),
+        sum(c * v.out_features * v.in_features for c, v in zip(counts, views, strict=True)),
+        max(view.in_features for view in views),
+        seconds,
+    )
+
+
+def _once(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Work]:
+    """What is done once: weights are read, the graph is compared with the model and every fold proven on a
+    few tokens, and the result is packed and written."""
+    weights = sizes["model_before"] // 2
+
+    def work(**amounts: int) -> Work:
+        return Work(amounts)  # type: ignore[arg-type]
+
+    return {
+        "read": work(read=3 * sizes["stored"], moved=3 * (sizes["stored"] + 4 * weights)),
+        "check": work(moved=(4 * 4 + 4 * 8) * weights, calls=6 * len(graph.nodes)),
+        "lower": work(packed=sizes["linears_before"] // 2),
+        "save": work(written=sizes["model_after"], moved=10 * weights),
+    }
+
+
+def _sizes(module: nn.Module, graph: Graph, report: Report) -> dict[str, int]:
+    weights = sum(t.numel() for _, t in named_tensors(module) if t.is_floating_point())
+    schemes = graph.facts[Schemes]
+    rows = [(row, schemes[name]) for name, row in report.linears.items() if name in schemes]
+    linears = sum(row.parameters for row, _ in rows)
+    packed = sum(
+        (row.expert_count or 1) * packed_bytes(row.out_features, row.in_features, scheme)
+        for row, scheme in rows
+    )
+    return {
+        "linears_before": 2 * linears,
+        "linears_after": packed,
+        "model_before": 2 * weights,
+        "model_after": 2 * (weights - linears) + packed,
+    }
+
+
+def _stored(model: nn.Module | str | Path) -> int:
+    """Bytes of the weights that a compile reads: of the files, or as the config describes them."""
+    if isinstance(model, nn.Module):
+        return sum(tensor.nbytes for _, tensor in named_tensors(model))
+    files = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    if files:
+        return files
+    config = json.loads((Path(model) / "config.json").read_text())
+    dtype = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
+    return dtype.itemsize * sum(tensor.numel() for _, tensor in named_tensors(skeleton(Path(model))))

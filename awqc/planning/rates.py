@@ -1,0 +1,155 @@
+"""How fast this machine does each unit of work, by doing a little of each."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from awqc.backend import Backend
+from awqc.clipping import clipped_grid
+from awqc.input_statistics import GRAM_BLOCK, InputStatistics
+from awqc.loss import gram_blocks
+from awqc.lowering import lower_linear
+from awqc.products import RoundedLinear, propagation_dtype
+from awqc.quantized import Scheme, minmax_grid, quantize
+from awqc.rounding import ColumnGrid, compensated_codes, feedback, visiting_order
+from awqc.work import Work
+
+#: Seconds that one kind of work is repeated for, and times at least.
+_SECONDS, _TIMES = 0.1, 3
+#: Width of the matrices that are worked on, on the CPU and on a GPU, which is slow on small ones.
+_WIDTH = (1024, 4096)
+#: Rows of a weight that has few, rows of an input, and inputs.
+_FEW, _ROWS, _INPUTS = 64, 512, 16
+#: Bytes of the file that is written and read.
+_FILE = 1 << 25
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds for one unit of each kind of work; see :data:`awqc.work.Unit`."""
+
+    flops: float
+    grams: float
+    rounded: float
+    moved: float
+    clipped: float
+    columns: float
+    elements: float
+    factored: float
+    calls: float
+    read: float
+    written: float
+    packed: float
+
+    def seconds(self, work: Work) -> float:
+        """What ``work`` takes."""
+        taken = asdict(self)
+        return float(sum(amount * taken[unit] for unit, amount in work.items()))
+
+
+def measure(
+    device: torch.device | str = "cpu",
+    scheme: Scheme | None = None,
+    propagate_dtype: str = "auto",
+    backend: str | Backend = "auto",
+    folder: Path | None = None,
+) -> Rates:
+    """Measure all rates; a few seconds.
+
+    Args:
+        device: that computes.
+        scheme: of the weights.
+        propagate_dtype: as in :class:`awqc.QuantConfig`.
+        backend: that packs.
+        folder: on the disk that is written to; the system's for temporary files by default.
+    """
+    device, scheme = torch.device(device), scheme or Scheme()
+    dtype = propagation_dtype(propagate_dtype, torch.float32, device) or torch.float32
+    k = _WIDTH[device.type == "cuda"]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    def taken(work: Callable[[], object]) -> float:
+        return _taken(work, device)
+
+    # Tokens move through memory, not through a cache: every call has an input that is not warm.
+    inputs = itertools.cycle([normal(_ROWS, k) for _ in range(_INPUTS)])
+    weight, few = normal(k, k), normal(_FEW, k)
+    statistics, moving = InputStatistics.empty(k, device), RoundedLinear(dtype)
+    for _ in range(2 * k // _ROWS):
+        statistics.add(next(inputs), held_out=False)
+    statistics.finish()
+    gram = statistics.gram.clone()
+    blocks, order = gram_blocks(gram, scheme.group(k)), visiting_order(gram)
+    factor, quantized = feedback(gram, order), quantize(weight, scheme)
+
+    def rounding(weight: Tensor) -> float:
+        grid = ColumnGrid.of(minmax_grid(weight, scheme), order)
+        return taken(lambda: compensated_codes(weight, grid, factor, order))
+
+    # Steps of one column take so long however few rows there are, and more with each row.
+    narrow, wide = rounding(few), rounding(weight)
+    element = max(wide - narrow, 0.0) / ((k - _FEW) * k)
+    small = normal(8, 8)
+    read, written = _disk(folder)
+    return Rates(
+        flops=taken(lambda: weight @ weight) / (2 * k**3),
+        grams=taken(lambda: statistics.add(next(inputs), held_out=True)) / (_ROWS * k * (k + GRAM_BLOCK)),
+        rounded=taken(lambda: moving(next(inputs), weight)) / (2 * _ROWS * k * k),
+        moved=taken(lambda: next(inputs) * next(inputs)) / (3 * few.element_size() * _ROWS * k),
+        clipped=taken(lambda: clipped_grid(weight, scheme, blocks, (1.0, 0.8))) / (2 * k * k),
+        columns=max(narrow / k - _FEW * element, 0.0),
+        elements=element,
+        factored=taken(lambda: feedback(gram, order)) / (k**3 / 3),
+        calls=taken(lambda: [small + small for _ in range(100)]) / 100,
+        read=read,
+        written=written,
+        packed=taken(lambda: lower_linear(quantized, None, torch.float32, device, backend)) / (k * k),
+    )
+
+
+def _taken(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of ``work``, the median of several times after one to warm up."""
+    seconds: list[float] = []
+    work()
+    while len(seconds) < _TIMES or sum(seconds) < _SECONDS:
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _disk(folder: Path | None) -> tuple[float, float]:
+    """Seconds to read and to write a byte."""
+    data = os.urandom(_FILE)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        start = time.perf_counter()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        written = time.perf_counter() - start
+        if hasattr(os, "posix_fadvise"):  # so that reading is not remembering
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        start = time.perf_counter()
+        while file.read(1 << 22):
+            pass
+        return (time.perf_counter() - start) / _FILE, written / _FILE
