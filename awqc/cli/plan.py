@@ -35,9 +35,9 @@ def plan(
     """What compiling MODEL will do and take, from its config.json alone."""
     with Bars("capturing the graph"):
         from awqc.cli.models import check_device, quiet
+        from awqc.cli.plan_tables import plan_tables
         from awqc.config import QuantConfig
         from awqc.planning import plan as plan_model
-        from awqc.planning.tables import plan_tables
 
         quiet()
         found = plan_model(
