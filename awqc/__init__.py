@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from awqc.planning import Plan, plan
     from awqc.quantized import QuantizedWeight, Scheme
     from awqc.report import Report
+    from awqc.streaming import CompiledCheckpoint, compile_to
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "Analysis",
     "AwqcError",
     "Backend",
+    "CompiledCheckpoint",
     "CompiledModel",
     "Context",
     "Flags",
@@ -40,6 +42,7 @@ __all__ = [
     "Scheme",
     "analyze",
     "compile",
+    "compile_to",
     "load",
     "plan",
     "register_backend",
@@ -51,6 +54,7 @@ _MODULES = {
     "Analysis": "awqc.analysis",
     "AwqcError": "awqc.errors",
     "Backend": "awqc.backend",
+    "CompiledCheckpoint": "awqc.streaming",
     "CompiledModel": "awqc.compiled",
     "Context": "awqc.context",
     "Flags": "awqc.flags",
@@ -64,6 +68,7 @@ _MODULES = {
     "Scheme": "awqc.quantized",
     "analyze": "awqc.analysis",
     "compile": "awqc.api",
+    "compile_to": "awqc.streaming",
     "load": "awqc.loading",
     "plan": "awqc.planning",
     "register_backend": "awqc.backend",

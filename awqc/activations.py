@@ -46,6 +46,9 @@ class Activations:
     samples: list[Env] = field(default_factory=list)
     #: every value of the first sample that a later check may need
     history: Env = field(default_factory=dict)
+    #: What was done to the samples since somebody last cleared it: (name of a group, scales) where they were
+    #: divided, and ("", None) where they moved on.
+    events: list[tuple[str, Tensor | None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._nodes = self.graph.nodes
@@ -70,6 +73,7 @@ class Activations:
     def advance(self, stage: Stage) -> None:
         """Run ``stage`` on every sample with the current weights; a second call does nothing."""
         if self._position == stage.start:
+            self.events.append(("", None))
             self._move(stage.end if stage is not self.stages.stages[-1] else stage.start)
 
     def observe(self, stage: Stage) -> Statistics:
@@ -117,6 +121,7 @@ class Activations:
 
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``: values computed before it are divided alike."""
+        self.events.append((group.name, scales))
         for env in [*self.samples, self.history]:
             for node in list(env):
                 divisor = group.scale_of(node, scales, env)

@@ -1,40 +1,22 @@
-"""``awqc.compile``: a float model in, a quantized model out."""
+"""``awqc.compile``: a float model in, a quantized model out; and ``awqc.compile_to``, which writes it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from awqc.backend import Backend, get_backend
-from awqc.calibration import (
-    CalibrationInputs,
-    CalibrationTokens,
-    load_tokens,
-    model_inputs,
-    sequence_limit,
-    token_inputs,
-    vocabulary_size,
-)
-from awqc.checkpoints import SearchRecord, fingerprint, hash_tensor
+from awqc.backend import Backend
 from awqc.compiled import Compilation, CompiledModel, assemble, structural_copy
 from awqc.config import QuantConfig
-from awqc.context import Context, Progress, Silent
-from awqc.driver import default_pipeline
+from awqc.context import Progress
 from awqc.flags import Flags
-from awqc.graph import Graph
+from awqc.job import SEQ_LEN, Calibration, Job, account, check_pipeline, start
 from awqc.lowered import LoweredExperts, LoweredLinears
-from awqc.packed import PackedModule
 from awqc.pipeline import Pipeline
-from awqc.preparation import left_out, prepare
-from awqc.quantized import packed_bytes
-from awqc.report import LinearRow, Report
-from awqc.scales import FoldedScales
-from awqc.source import ModelSource, named_tensors, open_source
+from awqc.source import ModelSource, named_tensors
 from awqc.weights import Rounded, Weights
 
 
@@ -47,7 +29,7 @@ def compile(
     pipeline: Pipeline | None = None,
     tokenizer: Any = None,
     max_calib_samples: int = 128,
-    max_calib_seq_len: int = 512,
+    max_calib_seq_len: int = SEQ_LEN,
     split: str | None = None,
     column: str | None = None,
     root: str | None = None,
@@ -82,109 +64,19 @@ def compile(
         ConfigError, CaptureError, CalibrationError, CheckpointError, BackendError, NonFiniteError,
         PipelineError, VerifyError: see :mod:`awqc.errors`; nothing has been written.
     """
-    config, progress = config or QuantConfig(), progress or Silent()
-    pipeline = (pipeline or default_pipeline()).with_options("lower", backend=backend)
-    if isinstance(backend, str) and backend != "auto":
-        get_backend(backend)
-    pipeline.check_order()
-    source = open_source(model)
-    started = time.perf_counter()
-    inputs = model_inputs(calib, max_calib_samples) or token_inputs(
-        _calibration(
-            source, calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column, config, progress
-        ),
-        source.module,
-    )
-    report = _report(config, inputs, source)
-    read = time.perf_counter()
-    prepared = prepare(source, inputs.batches, device, report, root)
-    report.add_seconds("read-calibration", read - started)
-    report.add_seconds("capture", time.perf_counter() - read)
-    context = Context(config, prepared.batches, report, progress, probe=prepared.probe)
-    kept = left_out(source, prepared.graph, prepared.root)
-    pipeline.run(prepared.graph, context, flags)
-    _keep(source, report, kept)
-    return _finish(source, prepared.graph, context, inputs)
+    pipeline = check_pipeline(pipeline, backend)
+    calibration = Calibration(calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column)
+    job = start(model, calibration, config, root, device, progress)
+    job.run(pipeline, flags)
+    return _finish(job)
 
 
-def _keep(source: ModelSource, report: Report, kept: Mapping[str, str]) -> None:
-    """Rows for the linears that the graph does not hold: they stay in float."""
-    tensors = dict(named_tensors(source.module))
-    for name, why in kept.items():
-        n, k = tensors[name].shape
-        row = LinearRow(name.removesuffix(".weight"), n, k, "kept", why, no_group=why)
-        report.linears.setdefault(name, row)
-
-
-def _calibration(
-    source: ModelSource,
-    calib: Any,
-    tokenizer: Any,
-    samples: int,
-    seq_len: int,
-    split: str | None,
-    column: str | None,
-    config: QuantConfig,
-    progress: Progress,
-) -> CalibrationTokens:
-    limit = sequence_limit(source.config) if source.config is not None else None
-    vocabulary = vocabulary_size(source.config) if source.config is not None else None
-    # Nobody who asks for nothing in particular wants an error for a model with a short context.
-    if limit is not None and seq_len == _default_seq_len():
-        seq_len = min(seq_len, limit)
-    if tokenizer is None and source.path is not None and not isinstance(calib, Tensor):
-        tokenizer = source.tokenizer()
-    return load_tokens(
-        calib,
-        tokenizer=tokenizer,
-        model=source.materialized() if isinstance(calib, str) and calib == "self" else None,
-        max_calib_samples=samples,
-        max_calib_seq_len=seq_len,
-        split=split,
-        column=column,
-        seed=config.seed,
-        limit=limit,
-        vocab_size=vocabulary,
-        progress=progress.count("reading calibration data"),
-    )
-
-
-def _default_seq_len() -> int:
-    assert compile.__kwdefaults__ is not None
-    return int(compile.__kwdefaults__["max_calib_seq_len"])
-
-
-def _report(config: QuantConfig, tokens: CalibrationInputs, source: ModelSource) -> Report:
-    report = Report(config=config.as_dict())
-    report.calibration = {
-        "source": tokens.source,
-        "samples": tokens.samples,
-        "seq_len": tokens.seq_len,
-        "tokens": tokens.tokens,
-        "dropped": tokens.dropped,
-        "sha256": tokens.sha256,
-    }
-    for note in tokens.notes:
-        report.note("calibration", note)
-    for note in source.notes:
-        report.note("source", note)
-    return report
-
-
-def _finish(source: ModelSource, graph: Graph, context: Context, tokens: CalibrationInputs) -> CompiledModel:
+def _finish(job: Job) -> CompiledModel:
     """Put what the passes left in the graph into the model's modules."""
+    source, graph, report = job.source, job.graph, job.context.report
     lowered, stacks = graph.facts[LoweredLinears], graph.facts[LoweredExperts]
-    weights, report = graph.weights, context.report
-    _account(report, source, [*lowered.values(), *stacks.values()])
-
-    def record() -> SearchRecord:
-        hashes = {name: hash_tensor(source.read(name)) for name in source.names()}
-        return SearchRecord(
-            config=report.config,
-            fingerprint=fingerprint(report.config, tokens.sha256, hashes),
-            ratios={name: row.ratio if row.applied else None for name, row in report.groups.items()},
-            scales=graph.facts.get(FoldedScales) or {},
-        )
+    weights = graph.weights
+    account(report, source, [*lowered.values(), *stacks.values()])
 
     module = structural_copy(source.module)
 
@@ -195,7 +87,7 @@ def _finish(source: ModelSource, graph: Graph, context: Context, tokens: Calibra
         # Constants that tracing lifted belong to no module: only the graph has them.
         return fx.GraphModule({n: shared[n] if n in shared else weights[n] for n in names}, graph.fx)
 
-    compilation = Compilation(source, report, record, lowered_graph, context.batches[0])
+    compilation = Compilation(source, report, job.record, lowered_graph, job.context.batches[0])
     gone = {f"{name}.{part}" for name in lowered for part in ("weight", "bias")} | set(stacks)
     compiled = assemble(module, _dense_tensors(source, weights, gone), lowered, stacks, compilation)
     return compiled
@@ -216,17 +108,3 @@ def _dense_tensors(source: ModelSource, weights: Weights, gone: set[str]) -> dic
             value = weights[name]
             tensors[name] = value.to(dtype) if isinstance(tensor, nn.Parameter) else value.to(tensor.dtype)
     return tensors
-
-
-def _account(report: Report, source: ModelSource, lowered: Sequence[PackedModule]) -> None:
-    """Sizes: as stored before (16 bits) and after, and what the packed linears hold in memory."""
-    dense = sum(t.numel() for _, t in named_tensors(source.module) if t.is_floating_point())
-    linears = sum(m.rows * m.in_features for m in lowered)
-    packed = sum(packed_bytes(m.rows, m.in_features, m.scheme) for m in lowered)
-    report.sizes = {
-        "linears_before": 2 * linears,
-        "linears_after": packed,
-        "model_before": 2 * dense,
-        "model_after": 2 * (dense - linears) + packed,
-        "linears_resident": sum(t.nbytes for linear in lowered for t in linear.buffers()),
-    }

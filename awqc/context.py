@@ -12,6 +12,7 @@ from awqc.config import QuantConfig
 from awqc.report import Report
 
 if TYPE_CHECKING:
+    from awqc.journal import Journal
     from awqc.stages import Stage
     from awqc.verify import Probe
 
@@ -51,6 +52,7 @@ class Context:
         progress: how long loops show themselves.
         stage: the stage being processed by stage passes.
         probe: the same forward at a small shape, on which passes over the whole graph are checked.
+        journal: where finished stages are committed, and replayed from; None keeps everything in memory.
     """
 
     config: QuantConfig
@@ -59,3 +61,4 @@ class Context:
     progress: Progress = field(default_factory=Silent)
     stage: Stage | None = None
     probe: Probe | None = None
+    journal: Journal | None = None

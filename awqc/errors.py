@@ -35,5 +35,9 @@ class CheckpointError(AwqcError):
     """A checkpoint that cannot be read, written, or carried by a format."""
 
 
+class JournalError(AwqcError):
+    """A journal of another compile, a damaged one, or one that cannot be written."""
+
+
 class BackendError(AwqcError):
     """An unknown backend, or a linear that no backend can run."""

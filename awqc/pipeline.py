@@ -20,6 +20,7 @@ from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
 from awqc.graph import Graph
+from awqc.scales import FoldedScales
 from awqc.stages import Observer, Stage, Stages
 from awqc.text import diff_text
 from awqc.verify import StageCheck, check_equal
@@ -158,7 +159,7 @@ class Pipeline:
                 continue
             staged = [p for p in _leading(passes)]
             del passes[: len(staged)]
-            runner.run_on_stages(staged)
+            runner.run_on_stages(staged, passes)
 
     def _index(self, name: str) -> int:
         if name not in self.names():
@@ -199,6 +200,12 @@ def _leading(passes: Sequence[Pass]) -> Iterator[Pass]:
         if current.scope != "stage":
             return
         yield current
+
+
+def _leave_facts(staged: Sequence[Pass], later: Sequence[Pass]) -> bool:
+    """Whether a later pass needs what the last stage has left in the facts; scales come from a journal."""
+    left = {fact for p in staged for fact in p.provides} - {FoldedScales}
+    return any(fact in left for p in later for fact in p.requires)
 
 
 def _check_names(flags: Flags, names: list[str]) -> None:
@@ -242,21 +249,42 @@ class _Runner:
     def _state(self) -> tuple[int, int]:
         return self.graph.version, self.graph.weights.version
 
-    def run_on_stages(self, passes: list[Pass]) -> None:
+    def run_on_stages(self, passes: list[Pass], later: list[Pass]) -> None:
         self.context.probe = None  # from here on weights change, and are checked stage by stage
         _check_there(self.graph, passes[0])
         stages = self.graph.facts[Stages]
-        start = time.perf_counter()
-        activations = Activations(self.graph, stages, self.context)
-        self.context.report.add_seconds("run-tokens", time.perf_counter() - start)
-        self.graph.facts[Activations] = activations
-        for stage in self.context.progress.track(stages.stages, "calibrating"):
+        journal = self.context.journal
+        finished = 0
+        if journal is not None:
+            journal.attach(self.graph)
+            finished = min(journal.left, len(stages.stages))
+            if finished == len(stages.stages) and _leave_facts(passes, later):
+                finished -= 1  # the last is run again for what it knows
+        activations: Activations | None = None
+        for number, stage in enumerate(self.context.progress.track(stages.stages, "calibrating")):
+            if activations is None and finished < len(stages.stages):
+                activations = self._activations(stages)
+            if journal is not None and number < finished:
+                journal.replay(stage, self.graph, activations)
+                continue
+            assert activations is not None
             self._run_on_stage(stage, passes, activations)
+            if journal is not None:
+                journal.commit(stage, activations)
+        if journal is not None:
+            journal.finish()
         self.context.stage = None
         self.graph.facts.drop(Activations)
         for current in passes:
             if self.flags.wants(current.name):
                 self.flags.write(current.name, self.graph.text(), "")  # no nodes have changed
+
+    def _activations(self, stages: Stages) -> Activations:
+        start = time.perf_counter()
+        activations = Activations(self.graph, stages, self.context)
+        self.context.report.add_seconds("run-tokens", time.perf_counter() - start)
+        self.graph.facts[Activations] = activations
+        return activations
 
     def _run_on_stage(self, stage: Stage, passes: list[Pass], activations: Activations) -> None:
         self.context.stage = stage
@@ -280,6 +308,8 @@ class _Runner:
 
     def _advance(self, activations: Activations, stage: Stage) -> None:
         start = time.perf_counter()
+        if self.context.journal is not None:
+            self.context.journal.moving()
         activations.advance(stage)
         self.context.report.add_seconds("run-tokens", time.perf_counter() - start)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -148,11 +148,18 @@ class Report:
         values = json.loads(text)
         rest = {k: v for k, v in values.items() if k not in ("linears", "groups", "notes")}
         return Report(
-            linears={k: LinearRow(**v) for k, v in values.get("linears", {}).items()},
-            groups={
-                k: GroupRow(**{**v, "curve": [tuple(c) for c in v["curve"]]})
-                for k, v in values.get("groups", {}).items()
-            },
+            linears={k: linear_row(v) for k, v in values.get("linears", {}).items()},
+            groups={k: group_row(v) for k, v in values.get("groups", {}).items()},
             notes=[(where, what) for where, what in values.get("notes", [])],
             **rest,
         )
+
+
+def linear_row(values: Mapping[str, Any]) -> LinearRow:
+    """A row from its fields in JSON."""
+    return LinearRow(**values)
+
+
+def group_row(values: Mapping[str, Any]) -> GroupRow:
+    """A row from its fields in JSON."""
+    return GroupRow(**{**values, "curve": [tuple(point) for point in values["curve"]]})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +12,58 @@ import torch
 from torch import Tensor, fx, nn
 
 from awqc.capture import relative_error
-from awqc.checkpoints import check_input_scales, open_checkpoint, write_checkpoint
+from awqc.checkpoints import (
+    QuantizedStream,
+    SearchRecord,
+    check_input_scales,
+    open_checkpoint,
+    write_checkpoint,
+)
+from awqc.checkpoints.shards import MAX_SHARD_BYTES
 from awqc.errors import CheckpointError
 from awqc.expert_storage import StoredLinear, join, stored_linears
 from awqc.experts import QuantExperts
 from awqc.graph import execute
 from awqc.input_scales import SUFFIX
 from awqc.lowering import lower_linear
-from awqc.report import REPORT_FILE
+from awqc.quantized import QuantizedWeight
+from awqc.report import REPORT_FILE, Report
 from awqc.runtime import QuantLinear
 from awqc.source import ModelSource, aliases
 from awqc.views import operand
 
 if TYPE_CHECKING:
     from awqc.compiled import Compilation, CompiledModel
+
+
+@dataclass(frozen=True)
+class Result:
+    """A quantized model wherever its tensors are: in modules, or in a journal on disk.
+
+    Args:
+        model: class, config and structure; its tensors are not read.
+        source: names on disk and files beside the weights.
+        report: goes along.
+        record: of the search.
+        linears, stacks: what runs each quantized linear or stack of experts; their tensors may be on meta.
+        weight: reads the canonical weight of one of them by its name.
+        dense: every other tensor that a checkpoint holds, by its name in the model.
+        graph: the lowered graph.
+        value: a tensor of it by name.
+        sample: an input of it.
+    """
+
+    model: nn.Module
+    source: ModelSource
+    report: Report
+    record: Callable[[], SearchRecord] | None
+    linears: Mapping[str, QuantLinear]
+    stacks: Mapping[str, QuantExperts]
+    weight: Callable[[str], QuantizedWeight]
+    dense: Callable[[], Iterator[tuple[str, Tensor]]]
+    graph: Callable[[], fx.Graph]
+    value: Callable[[str], Tensor]
+    sample: Mapping[str, Tensor]
 
 
 def save(
@@ -37,31 +76,75 @@ def save(
     check: bool,
 ) -> Path:
     """See :meth:`awqc.compiled.CompiledModel.save`."""
-    source = compilation.source
     linears, stacks = model.quantized_linears(), model.quantized_experts()
-    if any(linear.input_scale is not None for linear in linears.values()):
+    held: dict[str, QuantLinear | QuantExperts] = {**linears, **stacks}
+    result = Result(
+        model,
+        compilation.source,
+        compilation.report,
+        compilation.record,
+        linears,
+        stacks,
+        lambda name: held[name].unpack()[0],
+        lambda: _dense(model, linears, stacks),
+        lambda: model.graph.graph,
+        lambda name: _attribute(model.graph, name),
+        compilation.sample,
+    )
+    return write(result, path, format, overwrite=overwrite, check=check)
+
+
+def write(
+    result: Result,
+    path: str | Path,
+    format: str,
+    *,
+    overwrite: bool = False,
+    check: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a checkpoint, tensor by tensor; see :meth:`awqc.compiled.CompiledModel.save`."""
+    if any(linear.input_scale is not None for linear in result.linears.values()):
         check_input_scales(format)
-    quantized = {source.module_on_disk(name): linear.unpack()[0] for name, linear in linears.items()}
-    for name, experts in stacks.items():
-        weight = experts.unpack()[0]
-        quantized |= {linear.name: linear.of(weight) for linear in _on_disk(name, experts, source)}
     written = write_checkpoint(
         path,
         format=format,
-        tensors=_dense(model, compilation, linears, stacks),
-        quantized=quantized,
-        config=_config(model, compilation),
-        kept=_kept(model, compilation),
-        head=_head(model),
-        dtype=compilation.source.half,
-        files_from=source.path,
-        record=compilation.record() if format == "awqc" and compilation.record else None,
-        documents={REPORT_FILE: compilation.report.to_json()},
+        tensors=_stored(result),
+        quantized=_quantized(result),
+        config=_config(result),
+        kept=_kept(result),
+        head=_head(result.model),
+        dtype=result.source.half,
+        files_from=result.source.path,
+        record=result.record() if format == "awqc" and result.record else None,
+        documents={REPORT_FILE: result.report.to_json()},
+        max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
     if check:
-        check_saved(model, compilation, written)
+        check_saved(result, written)
     return written
+
+
+def _quantized(result: Result) -> QuantizedStream:
+    """Every quantized linear under its name on disk, those of a stack one by one."""
+    source, shapes = result.source, {}
+    for name, linear in result.linears.items():
+        shapes[source.module_on_disk(name)] = (linear.out_features, linear.in_features, linear.scheme)
+    pieces = {name: _on_disk(name, experts, source) for name, experts in result.stacks.items()}
+    for name, experts in result.stacks.items():
+        for piece in pieces[name]:
+            rows = experts.out_features if piece.outputs is None else len(piece.outputs)
+            shapes[piece.name] = (rows, experts.in_features, experts.scheme)
+
+    def weights() -> Iterator[tuple[str, QuantizedWeight]]:
+        for name in result.linears:
+            yield source.module_on_disk(name), result.weight(name)
+        for name in result.stacks:
+            stack = result.weight(name)
+            yield from ((piece.name, piece.of(stack)) for piece in pieces[name])
+
+    return QuantizedStream(shapes, weights)
 
 
 def _on_disk(name: str, experts: QuantExperts, source: ModelSource) -> list[StoredLinear]:
@@ -69,33 +152,37 @@ def _on_disk(name: str, experts: QuantExperts, source: ModelSource) -> list[Stor
 
 
 def _dense(
-    model: nn.Module,
-    compilation: Compilation,
-    linears: Mapping[str, QuantLinear],
-    stacks: Mapping[str, QuantExperts],
+    model: nn.Module, linears: Mapping[str, QuantLinear], stacks: Mapping[str, QuantExperts]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every dense tensor under its name on disk; biases of quantized linears in their module's name."""
+    """Every dense tensor under its name in the model; biases of quantized linears in their module's name."""
     held = {**linears, **stacks}
     packed = {f"{name}.{part}" for name, module in held.items() for part, _ in module.named_buffers()}
     tied = aliases(model)
-
-    def stored(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(compilation.source.half) if tensor.is_floating_point() else tensor.detach()
-
     for name, tensor in model.state_dict().items():
         if name not in packed and name not in tied:
-            for piece in compilation.source.stored(name):
-                yield piece.name, stored(piece.take(tensor))
+            yield name, tensor
     for name, linear in linears.items():
         bias = linear.unpack()[1]
         if bias is not None:
-            yield compilation.source.on_disk(f"{name}.bias"), stored(bias)
+            yield f"{name}.bias", bias
+
+
+def _stored(result: Result) -> Iterator[tuple[str, Tensor]]:
+    """Every dense tensor under its name on disk, and the scales of inputs."""
+    source = result.source
+    for name, tensor in result.dense():
+        tensor = tensor.detach().to(source.half) if tensor.is_floating_point() else tensor.detach()
+        if name.rpartition(".")[0] in result.linears:
+            yield source.on_disk(name), tensor
+        else:
+            yield from ((piece.name, piece.take(tensor)) for piece in source.stored(name))
+    for name, linear in result.linears.items():
         if linear.input_scale is not None:  # not rounded: the weight was multiplied by its inverse
-            yield compilation.source.module_on_disk(name) + SUFFIX, linear.input_scale
+            yield source.module_on_disk(name) + SUFFIX, linear.input_scale
 
 
-def _config(model: nn.Module, compilation: Compilation) -> dict[str, Any]:
-    path = compilation.source.path
+def _config(result: Result) -> dict[str, Any]:
+    path, model = result.source.path, result.model
     if path is not None and (path / "config.json").is_file():
         config: dict[str, Any] = json.loads((path / "config.json").read_text())
     elif hasattr(model, "config"):
@@ -111,14 +198,17 @@ def _config(model: nn.Module, compilation: Compilation) -> dict[str, Any]:
     return config
 
 
-def _kept(model: nn.Module, compilation: Compilation) -> list[str]:
+def _kept(result: Result) -> list[str]:
     """Linears that stay dense, by the names of every loader: in the module tree and on disk. Routers are
     linears too, of a class of their own."""
-    rows = compilation.report.linears.values()
+    rows = result.report.linears.values()
     kept = {row.name for row in rows if row.decision != "quantized" and row.expert_count is None}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    dense = [n for n, m in modules.items() if isinstance(m, nn.Linear) or n in kept]
-    return list(dict.fromkeys(s for n in dense for s in (n, compilation.source.module_on_disk(n))))
+    modules = dict(result.model.named_modules(remove_duplicate=False))
+    quantized = {id(modules[name]) for name in result.linears}
+    dense = [
+        n for n, m in modules.items() if (isinstance(m, nn.Linear) and id(m) not in quantized) or n in kept
+    ]
+    return list(dict.fromkeys(s for n in dense for s in (n, result.source.module_on_disk(n))))
 
 
 def _head(model: nn.Module) -> str | None:
@@ -126,25 +216,22 @@ def _head(model: nn.Module) -> str | None:
     return next((n for n, m in model.named_modules(remove_duplicate=False) if m is embeddings and n), None)
 
 
-def check_saved(model: CompiledModel, compilation: Compilation, path: Path) -> None:
-    """Compare the first stage of the model in memory with the one that ``path`` holds.
+def check_saved(result: Result, path: Path) -> None:
+    """Compare the first stage of the result with the one that ``path`` holds.
 
     The lowered graph is run from its inputs through its first quantized linears to the input of the next,
-    once on the tensors in memory and once on what reads back from disk.
+    once on the tensors that were saved and once on what reads back from disk.
 
     Raises:
         CheckpointError: if the results differ by more than the rounding of dense tensors to half precision.
     """
-    graph = model.graph
-    linears: dict[str, QuantLinear | QuantExperts] = {}
-    linears |= model.quantized_linears()
-    linears |= model.quantized_experts()
-    nodes, result = _first_stage(graph.graph, {linear.op for linear in linears.values()})
+    held: dict[str, QuantLinear | QuantExperts] = {**result.linears, **result.stacks}
+    nodes, end = _first_stage(result.graph(), {linear.op for linear in held.values()})
     names = [str(node.target) for node in nodes if node.op == "get_attr"]
-    memory = {name: _attribute(graph, name) for name in names}
-    disk = _read_back(names, memory, linears, compilation, path)
-    found, expected = (_run(nodes, tensors, compilation.sample)[result] for tensors in (disk, memory))
-    error, bound = relative_error(found, expected), 64 * torch.finfo(compilation.source.half).eps
+    memory = {name: result.value(name) for name in names}
+    disk = _read_back(names, memory, held, result.source, path)
+    found, expected = (_run(nodes, tensors, result.sample)[end] for tensors in (disk, memory))
+    error, bound = relative_error(found, expected), 64 * torch.finfo(result.source.half).eps
     if not error <= bound:
         raise CheckpointError(
             f"{path} does not read back as the model that was saved: its first stage differs by {error:.1e} "
@@ -176,39 +263,44 @@ def _attribute(graph: nn.Module, name: str) -> Tensor:
 def _read_back(
     names: list[str],
     memory: dict[str, Tensor],
-    linears: Mapping[str, QuantLinear | QuantExperts],
-    compilation: Compilation,
+    held: Mapping[str, QuantLinear | QuantExperts],
+    source: ModelSource,
     path: Path,
 ) -> dict[str, Tensor]:
     """What the checkpoint holds for ``names``, lowered again where it is quantized."""
-    checkpoint, source = open_checkpoint(path), compilation.source
+    checkpoint = open_checkpoint(path)
     disk: dict[str, Tensor] = {}
     for name in names:
-        owner, _, _ = name.rpartition(".")
+        owner, _, part = name.rpartition(".")
         stored, value = source.on_disk(name), memory[name]
         if name.endswith(SUFFIX):
             disk[name] = checkpoint.dense(source.module_on_disk(owner) + SUFFIX).to(value.device)
-        elif owner in linears:
-            linear, bias = linears[owner], source.on_disk(f"{owner}.bias")
+        elif owner in held:
+            linear, bias = held[owner], source.on_disk(f"{owner}.bias")
             if isinstance(linear, QuantExperts):
                 weight = join(_on_disk(owner, linear, source), checkpoint.weight)
             else:
                 weight = checkpoint.weight(source.module_on_disk(owner))
-            lowered = lower_linear(
-                weight,
-                checkpoint.dense(bias) if bias in checkpoint.tensors else None,
-                linear.dtype,
-                value.device,
-                linear.backend,
-            )
-            tensor = lowered.packed.tensors[name.removeprefix(f"{owner}.")]
-            assert tensor is not None
-            disk[name] = tensor.to(value.dtype)
+            dense = checkpoint.dense(bias) if bias in checkpoint.tensors else None
+            disk[name] = lowered_part(linear, weight, dense, value.device, part).to(value.dtype)
         elif stored in checkpoint.tensors:
             disk[name] = checkpoint.dense(stored).to(value.device, value.dtype)
         else:
             disk[name] = value  # a buffer that no checkpoint stores
     return disk
+
+
+def lowered_part(
+    linear: QuantLinear | QuantExperts,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    device: torch.device,
+    part: str,
+) -> Tensor:
+    """The packed tensor ``part`` of ``weight``, lowered as ``linear`` is."""
+    tensor = lower_linear(weight, bias, linear.dtype, device, linear.backend).packed.tensors[part]
+    assert tensor is not None
+    return tensor
 
 
 def _run(

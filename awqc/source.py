@@ -278,7 +278,7 @@ def from_directory(path: Path) -> ModelSource:
     def read(name: str) -> Tensor:
         if name not in stored:
             return tensors[name]
-        return read_pieces(stored[name], tuple(tensors[name].shape), files.get)
+        return read_pieces(stored[name], tuple(tensors[name].shape), files.read)
 
     dtypes = [files.info(piece.name).dtype for pieces in stored.values() for piece in pieces]
     return ModelSource(module, read, path, stored, max(set(dtypes), key=dtypes.count, default=torch.float32))

@@ -129,7 +129,7 @@ class StageCheck:
     def _stored_rounding(self) -> float:
         """A producer that is already quantized rounds its folded scales to half precision."""
         producers = [p for g in self.stage.groups for p in g.producers]
-        rounded = any(self.graph.weights.rounded(p.parameter) is not None for p in producers)
+        rounded = any(self.graph.weights.scheme(p.parameter) is not None for p in producers)
         return 2.0**-10 if rounded else 0.0
 
 

@@ -332,6 +332,11 @@ class QLinear:
         """Operands that stay when the weight is packed."""
         return (self.x,)
 
+    @property
+    def codes_shape(self) -> tuple[int, ...]:
+        """``(N, K)``."""
+        return tuple(operand(self.node, 1).meta["val"].shape)
+
 
 @dataclass(frozen=True)
 class QExperts:
@@ -357,3 +362,8 @@ class QExperts:
     def inputs(self) -> tuple[fx.Node | None, ...]:
         """Operands that stay when the weight is packed."""
         return operand(self.node, 0), operand(self.node, 1)
+
+    @property
+    def codes_shape(self) -> tuple[int, ...]:
+        """``(E, N, K)``."""
+        return tuple(operand(self.node, 2).meta["val"].shape)

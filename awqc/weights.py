@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from awqc.errors import NonFiniteError
-from awqc.quantized import QuantizedWeight
+from awqc.quantized import QuantizedWeight, Scheme
 
 #: Reads the source tensor of a name.
 Read = Callable[[str], Tensor]
+#: A tensor of a quantized weight.
+Field = Literal["codes", "scales", "zeros"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,43 @@ class Rounded:
         """The float32 value in the layout of the parameter."""
         value = self.weight.dequantize()
         return value.mT if self.transposed else value
+
+    def to(self, device: torch.device | str) -> Rounded:
+        """The same on another device."""
+        return Rounded(self.weight.to(device), self.transposed)
+
+
+class Store(Protocol):
+    """Where what passes have changed is kept: in memory, or in a journal on disk."""
+
+    def __getitem__(self, name: str) -> Tensor | Rounded: ...
+
+    def __setitem__(self, name: str, value: Tensor | Rounded) -> None: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of a quantized weight, without reading it; None for anything else."""
+        ...
+
+    def copy(self) -> Store:
+        """The same values; changes to either do not reach the other."""
+        ...
+
+
+class Memory(dict[str, "Tensor | Rounded"]):
+    """The store that holds all values."""
+
+    def scheme(self, name: str) -> Scheme | None:
+        """See :class:`Store`."""
+        value = self.get(name)
+        return value.weight.scheme if isinstance(value, Rounded) else None
+
+    def copy(self) -> Memory:
+        """See :class:`Store`."""
+        return Memory(self)
 
 
 class Weights:
@@ -59,19 +99,29 @@ class Weights:
         self.aliases = dict(aliases or {})
         self.version = 0
         self._read = read
-        self._changed: dict[str, Tensor | Rounded] = {}
+        self._changed: Store = Memory()
+        self._parts: dict[str, tuple[str, Field]] = {}
         self._resident: dict[str, Tensor] = {}
         self._finite: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._resident:
-            value = self._changed.get(name)
-            if isinstance(value, Rounded):
-                value = value.dense()
-            elif value is None:
-                value = self._checked(name, self._read(name))
-            self._resident[name] = self._place(value)
+            value = self.value(name)
+            self._resident[name] = self._place(value.dense() if isinstance(value, Rounded) else value)
         return self._resident[name]
+
+    def value(self, name: str) -> Tensor | Rounded:
+        """What ``name`` stands for, as it is kept: in the dtype and on the device of the source or of the
+        pass that put it there, and not held on to."""
+        if name in self._changed:
+            return self._changed[name]
+        if name in self._parts:
+            parameter, field = self._parts[name]
+            rounded = self.rounded(parameter)
+            assert rounded is not None
+            part: Tensor = getattr(rounded.weight, field)
+            return part
+        return self._checked(name, self._read(name))
 
     def __setitem__(self, name: str, value: Tensor | Rounded) -> None:
         self._changed[name] = value
@@ -83,23 +133,49 @@ class Weights:
 
     def rounded(self, name: str) -> Rounded | None:
         """The quantized weight behind ``name``, if it has been rounded."""
-        value = self._changed.get(name)
-        return value if isinstance(value, Rounded) else None
+        if self._changed.scheme(name) is None:
+            return None
+        value = self._changed[name]
+        assert isinstance(value, Rounded)
+        return value
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of the quantized weight behind ``name``, None if it has not been rounded; the weight is
+        not read."""
+        return self._changed.scheme(name)
+
+    def add_part(self, name: str, parameter: str, field: Field) -> None:
+        """Let ``name`` stand for one tensor of the quantized weight behind ``parameter``."""
+        if name not in self._parts:
+            self._parts[name] = parameter, field
+            self.names.append(name)
+            self.version += 1
+
+    def keep_in(self, store: Store) -> None:
+        """From now on keep changes in ``store``, which holds those made so far."""
+        self._changed = store
 
     def changed(self) -> dict[str, Tensor | Rounded]:
-        """Everything that differs from the source, by name."""
-        return dict(self._changed)
+        """Everything that differs from the source, by name, read whole."""
+        return {name: self._changed[name] for name in self._changed}
 
     def release(self, keep: Iterable[str] = ()) -> None:
         """Forget handed-out values except ``keep``; they are read or dequantized again when needed."""
         kept = set(keep)
         self._resident = {name: value for name, value in self._resident.items() if name in kept}
 
+    def forget(self, names: Iterable[str]) -> None:
+        """What was handed out for ``names`` is not what they stand for any more."""
+        for name in names:
+            self._resident.pop(name, None)
+        self.version += 1
+
     def like(self, dtype: torch.dtype | None) -> Weights:
         """A scratch copy of the current values in ``dtype`` (None keeps each one's own): changes to it do
         not reach this one."""
         copy = Weights(self.names, self._read, dtype, self.device, self.aliases)
-        copy._changed = dict(self._changed)
+        copy._changed = self._changed.copy()
+        copy._parts = dict(self._parts)
         copy._finite = self._finite
         if dtype == self.dtype:
             copy._resident = dict(self._resident)

@@ -33,7 +33,7 @@ class DropUnitScales(Pass):
                 continue
             x, scale = found
             values, why = graph.weights[str(scale.target)], reasons[view.parameter]
-            rounded = graph.weights.rounded(view.parameter) is not None
+            rounded = graph.weights.scheme(view.parameter) is not None
             if rounded and not bool((values == 1).all()):
                 context.report.linears[view.parameter].no_group = why
                 continue

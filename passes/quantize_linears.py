@@ -18,7 +18,9 @@ from awqc.graph import Graph
 from awqc.kernels import qexperts as _qexperts  # noqa: F401  defines the ops
 from awqc.lowered import QuantizedLinears
 from awqc.pipeline import Pass
+from awqc.quantized import Scheme
 from awqc.views import ExpertLinear, Linear, expert_linears, linears
+from awqc.weights import Field
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,17 @@ class QuantizeLinears(Pass):
     output: ClassVar = "lossy"
 
     def run(self, graph: Graph, context: Context) -> None:
-        found = QuantizedLinears()
+        found: dict[str, str] = {}
         views: list[Linear | ExpertLinear] = [*linears(graph)]
         views += expert_linears(graph)
         for view in views:
-            rounded = graph.weights.rounded(view.parameter)
-            if rounded is None:
+            scheme = graph.weights.scheme(view.parameter)
+            if scheme is None:
                 _kept_after_all(context, view)
                 continue
-            weight = rounded.weight
             name = view.name if isinstance(view, Linear) else view.parameter
-            codes, scales, zeros = (
-                parameter(graph, f"{name}.{part}", getattr(weight, part), before=view.node)
-                for part in ("codes", "scales", "zeros")
-            )
-            size = weight.scheme.group_size
+            codes, scales, zeros = _parts(graph, view, name, scheme)
+            size = scheme.group_size
             with graph.fx.inserting_before(view.node):
                 if isinstance(view, Linear):
                     node = graph.fx.call_function(
@@ -57,9 +55,9 @@ class QuantizeLinears(Pass):
             node.meta = dict(view.node.meta)
             view.node.replace_all_uses_with(node)
             graph.fx.erase_node(view.node)
-            found[name] = weight
+            found[name] = view.parameter
         graph.fx.eliminate_dead_code()
-        graph.facts[QuantizedLinears] = found
+        graph.facts[QuantizedLinears] = QuantizedLinears(graph.weights, found)
         graph.changed()
 
 
@@ -70,12 +68,33 @@ def _kept_after_all(context: Context, view: Linear | ExpertLinear) -> None:
         row.decision, row.reason, row.scheme = "kept", "no pass rounded its weight", ""
 
 
+def _parts(graph: Graph, view: Linear | ExpertLinear, name: str, scheme: Scheme) -> list[fx.Node]:
+    """Nodes for the codes, scales and zero points of ``view``, which are not read for it."""
+    rows = (view.count, view.out_features) if isinstance(view, ExpertLinear) else (view.out_features,)
+    groups = scheme.groups(view.in_features)
+    parts: dict[Field, tuple[int, torch.dtype]] = {
+        "codes": (view.in_features, torch.uint8),
+        "scales": (groups, torch.float16),
+        "zeros": (groups, torch.uint8),
+    }
+    nodes = []
+    for field, (width, dtype) in parts.items():
+        graph.weights.add_part(f"{name}.{field}", view.parameter, field)
+        like = torch.empty(*rows, width, dtype=dtype, device="meta")
+        nodes.append(_attribute(graph, f"{name}.{field}", like, view.node))
+    return nodes
+
+
 def parameter(graph: Graph, name: str, value: Tensor, before: fx.Node) -> fx.Node:
     """A ``get_attr`` node for a new tensor of the graph."""
     if name not in graph.weights.names:
         graph.weights.names.append(name)
     graph.weights[name] = value
+    return _attribute(graph, name, torch.empty_like(value, device="meta"), before)
+
+
+def _attribute(graph: Graph, name: str, like: Tensor, before: fx.Node) -> fx.Node:
     with graph.fx.inserting_before(before):
         node = graph.fx.create_node("get_attr", name, name=name.replace(".", "_"))
-    node.meta["val"] = torch.empty_like(value, device="meta")
+    node.meta["val"] = like
     return node

@@ -16,7 +16,7 @@ from awqc.checkpoints.format import (
 from awqc.checkpoints.read import Checkpoint, open_checkpoint
 from awqc.checkpoints.record import SearchRecord, fingerprint, hash_tensor, hash_tokens
 from awqc.checkpoints.tensors import TensorFiles
-from awqc.checkpoints.write import write_checkpoint
+from awqc.checkpoints.write import QuantizedStream, write_checkpoint
 
 __all__ = [
     "Artifact",
@@ -25,6 +25,7 @@ __all__ = [
     "CheckpointFormat",
     "CompressedTensors",
     "LinearReader",
+    "QuantizedStream",
     "SearchRecord",
     "TensorFiles",
     "atomic_directory",

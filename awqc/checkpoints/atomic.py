@@ -12,7 +12,8 @@ from pathlib import Path
 
 from awqc.errors import CheckpointError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+#: Error numbers of a disk without space.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -38,7 +39,7 @@ def atomic_directory(path: Path | str, *, overwrite: bool = False) -> Iterator[P
         _flush_tree(partial)
         _put(partial, target)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise _disk_full(target, partial, getattr(error, "needed", 0)) from error
         raise
     finally:
@@ -102,7 +103,7 @@ def _make(target: Path, partial: Path) -> None:
         # os.access answers for permissions only; a read-only file system shows up here.
         if error.errno in _DENIED:
             raise _denied(target, partial.parent) from error
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise _disk_full(target, partial, 0) from error
         raise
 
@@ -117,18 +118,19 @@ def _put(partial: Path, target: Path) -> None:
         if old.exists() and not target.exists():
             os.rename(old, target)
         raise
-    _flush(target.parent)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush_tree(directory: Path) -> None:
     for root, _, files in os.walk(directory):
         for file in files:
-            _flush(Path(root, file))
-        _flush(Path(root))
+            flush(Path(root, file))
+        flush(Path(root))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have what was written to a file, or the names in a directory, survive a loss of power."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a directory
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -46,11 +46,17 @@ _AGAIN = "copy or download it again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """What a header says of one tensor; its data begin at byte ``begin`` of the file."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    begin: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorFiles:
@@ -86,6 +92,10 @@ class TensorFiles:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error}): {_AGAIN}") from error
         return tensor
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own; raises as :meth:`get`."""
+        return read_tensor(self.info(name))
 
     def info(self, name: str) -> TensorInfo:
         """File, shape and dtype of a tensor, from its header alone.
@@ -193,7 +203,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(text[8:])
         header.pop("__metadata__", None)
-        info = {name: _tensor_info(file, name, entry) for name, entry in header.items()}
+        info = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
         promised_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{file} is corrupt: its header cannot be read: {_AGAIN}") from error
@@ -207,7 +217,32 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return info
 
 
-def _tensor_info(file: Path, name: str, entry: Mapping[str, Any]) -> TensorInfo:
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read a tensor into memory of its own. Pages of a mapped file would count as the process's for as long
+    as any tensor of the file is in use.
+
+    Raises:
+        CheckpointError: if its file cannot be read.
+    """
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    if info.nbytes == 0:
+        return tensor
+    into = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+    try:
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.begin)
+            done = 0
+            while done < info.nbytes:
+                count = stream.readinto(into[done:])
+                if not count:
+                    raise CheckpointError(f"{info.file} is truncated: {_AGAIN}")
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from error
+    return tensor
+
+
+def _tensor_info(file: Path, name: str, entry: Mapping[str, Any], data: int) -> TensorInfo:
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(
             f"{file}: tensor {name!r} has the dtype {entry['dtype']}, which awqc cannot read"
@@ -219,7 +254,7 @@ def _tensor_info(file: Path, name: str, entry: Mapping[str, Any]) -> TensorInfo:
             f"{file} is corrupt: tensor {name!r} of shape {shape} and dtype {entry['dtype']} has "
             f"{end - begin:,} bytes: {_AGAIN}"
         )
-    return TensorInfo(file, shape, dtype)
+    return TensorInfo(file, shape, dtype, data + begin)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from awqc.checkpoints.format import CheckpointFormat, check_format, get_format
 from awqc.checkpoints.record import SearchRecord, write_record
 from awqc.checkpoints.shards import MAX_SHARD_BYTES, write_json, write_sharded
 from awqc.errors import CheckpointError
-from awqc.quantized import QuantizedWeight
+from awqc.quantized import QuantizedWeight, Scheme
 
 _HALF = (torch.float16, torch.bfloat16)
 #: config.json's spellings of the dtype: transformers 5 writes the first, transformers 4 the second.
@@ -34,12 +35,31 @@ _COPIED = (
 _LEFT_OUT = ("config.json", "quant_config.json", "quantize_config.json", "*.index.json", "awqc*.json")
 
 
+@dataclass(frozen=True)
+class QuantizedStream:
+    """Quantized linears that are read one after the other.
+
+    Args:
+        shapes: ``(N, K)`` and scheme of every one by its module name on disk.
+        weights: begins to read; each weight with its name, in any order.
+    """
+
+    shapes: Mapping[str, tuple[int, int, Scheme]]
+    weights: Callable[[], Iterable[tuple[str, QuantizedWeight]]]
+
+    @staticmethod
+    def of(quantized: Mapping[str, QuantizedWeight]) -> QuantizedStream:
+        """Those of a mapping."""
+        shapes = {n: (w.out_features, w.in_features, w.scheme) for n, w in quantized.items()}
+        return QuantizedStream(shapes, quantized.items)
+
+
 def write_checkpoint(
     out: Path | str,
     *,
     format: str,
     tensors: Iterable[tuple[str, Tensor]],
-    quantized: Mapping[str, QuantizedWeight],
+    quantized: Mapping[str, QuantizedWeight] | QuantizedStream,
     config: Mapping[str, Any],
     kept: Sequence[str] = (),
     head: str | None = None,
@@ -57,7 +77,7 @@ def write_checkpoint(
         format: name of a registered format.
         tensors: all tensors that are not quantized, biases of quantized linears among them, under their
             names on disk, with the dtypes in which they are to be stored.
-        quantized: weight of every quantized linear by its module name on disk.
+        quantized: weight of every quantized linear by its module name on disk, or a stream of them.
         config: the source's config.json; kept as it is but for ``quantization_config`` and the dtype.
         kept: full module names of all linears that stay dense, in every spelling that engines use.
         head: module name of the linear that computes the logits.
@@ -77,10 +97,10 @@ def write_checkpoint(
             full, or a tensor comes twice.
     """
     fmt = get_format(format)
-    schemes = {name: weight.scheme for name, weight in quantized.items()}
-    check_format(
-        format, {name: (*weight.codes.shape, weight.scheme) for name, weight in quantized.items()}, head
-    )
+    if not isinstance(quantized, QuantizedStream):
+        quantized = QuantizedStream.of(quantized)
+    schemes = {name: scheme for name, (_, _, scheme) in quantized.shapes.items()}
+    check_format(format, quantized.shapes, head)
     if record is not None and fmt.served:
         raise CheckpointError(
             f"a search record cannot go into format {format!r}, whose engines would take its tensors for "
@@ -101,16 +121,16 @@ def write_checkpoint(
 
 
 def _stored(
-    fmt: CheckpointFormat, tensors: Iterable[tuple[str, Tensor]], quantized: Mapping[str, QuantizedWeight]
+    fmt: CheckpointFormat, tensors: Iterable[tuple[str, Tensor]], quantized: QuantizedStream
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         module, _, parameter = name.rpartition(".")
-        if parameter == "weight" and module in quantized:
+        if parameter == "weight" and module in quantized.shapes:
             raise CheckpointError(
                 f"{module!r} is quantized and its dense weight {name!r} was given too: leave it out"
             )
         yield name, tensor
-    for name, weight in quantized.items():
+    for name, weight in quantized.weights():
         yield from fmt.encode(name, weight).items()
 
 

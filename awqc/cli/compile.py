@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from awqc.cli.options import Backend, Column, Debug, Device, FloatModel, Full, Json, Seed, Split
 from awqc.cli.output import Bars, print_json, stdout
-from awqc.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from awqc.compiled import CompiledModel
-    from awqc.packed import PackedModule
+from awqc.errors import ConfigError
 
 _QUANTIZATION, _CALIBRATION, _PASSES = "Quantization", "Calibration", "Passes"
 
@@ -158,6 +154,13 @@ def compile(
         ),
     ] = None,
     device: Device = "cpu",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Continue a compile to OUT that was interrupted, or start over.",
+        ),
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at OUT.")] = False,
     full: Full = False,
     json: Json = False,
@@ -165,13 +168,13 @@ def compile(
 ) -> None:
     """Quantize MODEL and write a checkpoint that transformers, vLLM and awqc load."""
     with Bars("reading the model") as bars:
-        from awqc.api import compile as compile_model
         from awqc.checkpoints import check_input_scales, check_output
         from awqc.cli.models import check_device, quiet
         from awqc.cli.passes import edit
         from awqc.cli.storable import Storable
         from awqc.config import QuantConfig
         from awqc.pipeline import Pipeline
+        from awqc.streaming import compile_to
 
         quiet()
         config = QuantConfig(
@@ -202,9 +205,13 @@ def compile(
             replace or (),
             without or (),
         )
-        compiled = compile_model(
+        compiled = compile_to(
             model,
+            out,
             calib,
+            format=format,
+            overwrite=overwrite,
+            resume=resume,
             backend=backend,
             config=config,
             pipeline=pipeline,
@@ -215,8 +222,7 @@ def compile(
             device=check_device(device),
             progress=bars,
         )
-        bars.now(f"writing {out}")
-        path = save(compiled, out, format, overwrite)
+    path = compiled.path
     if json:
         print_json({"path": str(path), "format": format, "report": compiled.report.as_dict()})
         return
@@ -229,27 +235,6 @@ def compile(
     stdout().print(
         f"next: awqc generate {out} --prompt ...; awqc inspect {out} shows every decision", soft_wrap=True
     )
-
-
-def save(compiled: CompiledModel, out: Path, format: str, overwrite: bool) -> Path:
-    """Write the checkpoint; what the format turns out not to carry is kept in the one that carries all.
-
-    Raises:
-        CheckpointError: if it could not be written, or not in this format.
-    """
-    from awqc.checkpoints import check_format
-
-    modules: dict[str, PackedModule] = {**compiled.quantized_linears(), **compiled.quantized_experts()}
-    linears = {name: (m.out_features, m.in_features, m.scheme) for name, m in modules.items()}
-    try:
-        check_format(format, linears)
-    except CheckpointError as error:
-        path = compiled.save(out, "awqc", overwrite=overwrite)
-        raise CheckpointError(
-            f"{error}. Nothing is lost: the result is in {path} in format 'awqc', from which awqc.load(...)"
-            ".save(..., format=...) writes another"
-        ) from error
-    return compiled.save(out, format, overwrite=overwrite)
 
 
 def size_on_disk(path: Path) -> int:

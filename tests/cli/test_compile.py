@@ -191,7 +191,7 @@ def test_what_can_be_refused_is_refused_before_the_compile(
     arguments: list[str],
     message: str,
 ) -> None:
-    monkeypatch.setattr("awqc.api.open_source", _unreached)
+    monkeypatch.setattr("awqc.job.open_source", _unreached)
     result = invoke("compile", model, *arguments, "-o", tmp_path / "out")
     assert result.stderr == f"error: {message}\n"
     assert result.exit_code == 1
