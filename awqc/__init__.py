@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from awqc.graph import Graph
     from awqc.loading import load
     from awqc.pipeline import Pass, Pipeline
-    from awqc.planning import Plan, plan
+    from awqc.planning.plan import Plan, plan
     from awqc.quantized import QuantizedWeight, Scheme
     from awqc.report import Report
     from awqc.streaming import CompiledCheckpoint, compile_to

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-import awqc
+from awqc import __version__
 from awqc.checkpoints.record import hash_tensor
 from awqc.config import QuantConfig
 from awqc.pipeline import Pass, Pipeline
@@ -48,7 +48,7 @@ class Identity(dict[str, Any]):
         """
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         values = {
-            "awqc": awqc.__version__,
+            "awqc": __version__,
             "torch": torch.__version__,
             "device": f"{device.type} ({where})",
             "calibration inputs": calibration,
