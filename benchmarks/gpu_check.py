@@ -72,11 +72,11 @@ def quick() -> list[Part]:
             "tests/gpu",
             "tests/kernels",
             "-k",
-            "marlin or launch or join or nvrtc or qlinear_aten",
+            "(marlin or launch or join) and not fused",
         ),
         tests("exllama", 60, "tests/kernels/test_qlinear_exllama.py", "tests/kernels/test_exllama_layout.py"),
         tests("triton", 60, "tests/kernels", "-k", "triton or words or autotune or experts"),
-        tests("fused", 60, "tests/kernels", "-k", "fused or extension"),
+        tests("fused", 60, "tests/kernels", "-k", "fused"),
         tests("backends-marlin", 60, "tests/backends", "-k", "marlin"),
         tests("backends-exllama", 60, "tests/backends", "-k", "exllama"),
         tests("backends-triton", 60, "tests/backends", "-k", "triton"),
@@ -132,6 +132,7 @@ def long(model: str | None) -> list[Part]:
         parts.append(Part("text", ("benchmarks/gpu_text.py", model), 120))
     for backend in ("marlin", "triton", "exllama"):
         parts.append(Part(f"decode-{backend}", ("benchmarks/gpu_decode.py", backend), 170))
+    parts.append(Part("decode-fused", ("benchmarks/gpu_decode.py", "marlin", "--fuse"), 170))
     return parts
 
 

@@ -7,7 +7,17 @@
 // in bulk, starts that before the kernel ahead has ended, and joins ranks in a cluster; elsewhere copies are cp.async
 // and ranks join through `partials` and the kernel of marlin_join.cu. Macros: those of marlin_block.cuh, TOKENS (8 or
 // 16), WARPS, STRIPS, ROUNDS (of STRIPS strips in a share), DEPTH, SPLIT, HOPPER.
+//
+// Fused forms: WEIGHTS weights that read the same activations are rows of one, and a residual is added where there is
+// one. GATED: of two weights with as many rows, y = silu(W0 x) * W1 x; half of a block's strips are of each.
 #include "marlin_block.cuh"
+
+#ifndef WEIGHTS
+#define WEIGHTS 1
+#endif
+#ifndef GATED
+#define GATED 0
+#endif
 
 constexpr int NT = TOKENS / 8;
 constexpr int ROWS = STRIPS * 16;
@@ -15,6 +25,7 @@ constexpr int ROW = ROWS + 4;  // floats of one token's sums: lanes of a warp th
 constexpr int WEIGHT_BYTES = STRIPS * STRIP_BYTES;
 constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels
 constexpr int X_BYTES = 2 * X_HALF;
+constexpr int OWN = GATED ? STRIPS / 2 : STRIPS;  // strips of results that a block works on at a time
 constexpr int RING_BYTES = WARPS * DEPTH * (X_BYTES + WEIGHT_BYTES);
 
 extern __shared__ __align__(128) u8 shared[];
@@ -22,6 +33,27 @@ extern __shared__ __align__(128) u8 shared[];
 #if HOPPER
 #include "marlin_bulk.cuh"
 #endif
+
+// A weight: its rows begin at strip `first` of all, a multiple of four, and `n` of them count. Bias and residual may be
+// null.
+struct Weight {
+  const u8* packed;
+  const u16* bias;
+  const u16* residual;
+  u16* y;
+  int first, n;
+};
+
+struct Weights {
+  Weight of[WEIGHTS];
+};
+
+__device__ __forceinline__ const Weight& weight_of(const Weights& weights, int strip) {
+  int index = 0;
+#pragma unroll
+  for (int i = 1; i < (GATED ? 1 : WEIGHTS); ++i) index += strip >= weights.of[i].first;
+  return weights.of[index];
+}
 
 // Where a warp's ring is filled next: its channels of the first round, then of the second.
 struct Position {
@@ -35,18 +67,17 @@ struct Position {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #if HOPPER
-    small(const __grid_constant__ TensorMap x, u16* __restrict__ y, const u8* __restrict__ packed,
-          const u16* __restrict__ bias, int all_tokens, int n, int all_strips, int k_blocks, int box) {
+    small(const __grid_constant__ TensorMap x, const __grid_constant__ Weights weights, int all_tokens, int all_strips,
+          int k_blocks, int box) {
 #else
-    small(const u16* __restrict__ x, u16* __restrict__ y, const u8* __restrict__ packed, const u16* __restrict__ bias,
-          float* __restrict__ partials, int all_tokens, int n, int all_strips, int k_blocks, int k) {
+    small(const u16* __restrict__ x, const __grid_constant__ Weights weights, float* __restrict__ partials,
+          int all_tokens, int all_strips, int k_blocks, int k) {
 #endif
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int rank = blockIdx.x % SPLIT, strip0 = blockIdx.x / SPLIT * (STRIPS * ROUNDS);
-  const int rounds = min(ROUNDS, (all_strips - strip0 + STRIPS - 1) / STRIPS);
+  const int rank = blockIdx.x % SPLIT, strip0 = blockIdx.x / SPLIT * (OWN * ROUNDS);
+  const int rounds = min(ROUNDS, (all_strips - strip0 + OWN - 1) / OWN);
   const int k0 = rank * k_blocks / SPLIT, k1 = (rank + 1) * k_blocks / SPLIT;
-  const int tokens = min(TOKENS, all_tokens - int(blockIdx.y) * TOKENS);
-  y += long(blockIdx.y) * TOKENS * n;
+  const int token0 = int(blockIdx.y) * TOKENS, tokens = min(TOKENS, all_tokens - token0);
 
   // Swizzled activations begin at multiples of 1024 bytes.
   u8* rings = shared + ((1023u - (shared_address(shared) - 1u) % 1024u)) + 1024;
@@ -61,26 +92,40 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   Position ahead = start, ahead_x = start;
 
   auto strip_at = [&](const Position& p, int s) {
-    const int strip = min(strip0 + p.round * STRIPS + s, all_strips - 1);
-    return packed + ((long(strip >> 2) * k_blocks + p.kb) * 4 + (strip & 3)) * STRIP_BYTES;
+    const int strip = min(strip0 + p.round * OWN + (GATED ? s % OWN : s), all_strips - 1);
+    const Weight& weight = GATED ? weights.of[s / OWN] : weight_of(weights, strip);
+    const int own = GATED ? strip : strip - weight.first;
+    return weight.packed + ((long(own >> 2) * k_blocks + p.kb) * 4 + (own & 3)) * STRIP_BYTES;
+  };
+  [[maybe_unused]] auto finish = [&](int token, int row, float sum) {
+    const Weight& weight = weight_of(weights, row >> 4);
+    const int own = row - weight.first * 16;
+    if (own >= weight.n) return;
+    const long at = long(token0 + token) * weight.n + own;
+    if (weight.bias) sum += to_float(weight.bias[own]);
+    if (weight.residual) sum += to_float(weight.residual[at]);
+    weight.y[at] = from_float(sum);
   };
 #if HOPPER
   const u32 full = shared_address(rings) - 1024 + warp * DEPTH * 8;
   auto fill_x = [&](int slot, const Position& p) {
     if (p.round >= rounds || lane >= 2) return;
     copy_tensor(shared_address(x_ring + slot * X_BYTES + lane * X_HALF), &x, p.kb * 128 + lane * 64,
-                blockIdx.y * TOKENS, full + 8 * slot);
+                token0, full + 8 * slot);
   };
   auto fill_weights = [&](int slot, const Position& p) {
     if (p.round >= rounds) return;
     const u32 to = shared_address(ring + slot * WEIGHT_BYTES), barrier = full + 8 * slot;
     // Strips of the same block are contiguous: each lane copies those of one block.
-    const int begin = strip0 + p.round * STRIPS, end = min(begin + STRIPS, all_strips);
-    if (lane == 0) expect(barrier, u32(end - begin) * STRIP_BYTES + box * 256);
+    const int begin = strip0 + p.round * OWN, end = min(begin + OWN, all_strips);
+    if (lane == 0) expect(barrier, u32(end - begin) * STRIP_BYTES * (GATED ? 2 : 1) + box * 256);
     __syncwarp();
-    const int from = max(begin, ((begin >> 2) + lane) * 4), until = min(end, ((begin >> 2) + lane) * 4 + 4);
-    if (from < until)
-      copy_bulk(to + (from - begin) * STRIP_BYTES, strip_at(p, from - begin), u32(until - from) * STRIP_BYTES, barrier);
+    const int block = (begin >> 2) + (GATED ? lane & 15 : lane);
+    const int from = max(begin, block * 4), until = min(end, block * 4 + 4);
+    if (from < until) {
+      const int s = from - begin + (GATED ? (lane >> 4) * OWN : 0);
+      copy_bulk(to + s * STRIP_BYTES, strip_at(p, s), u32(until - from) * STRIP_BYTES, barrier);
+    }
   };
   if (lane == 0) {
     for (int i = 0; i < DEPTH; ++i) init_barrier(full + 8 * i, 1);
@@ -104,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       const int token = i >> 4, piece = i & 7, channel = p.kb * 128 + (i & 15) * 8;
       // Channels past the last one: weights are padded there, and zeros keep them out of the sums.
       copy16(x_ring + slot * X_BYTES + (i >> 3 & 1) * X_HALF + token * 128 + (piece ^ (token & 7)) * 16,
-             x + long(blockIdx.y * TOKENS + token) * k + min(channel, k - 8), channel < k ? 16 : 0);
+             x + long(token0 + token) * k + min(channel, k - 8), channel < k ? 16 : 0);
     }
   };
 #endif
@@ -165,6 +210,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     float* gathered =
         reinterpret_cast<float*>(rings + (ROUNDS == 1 ? max(RING_BYTES, part_bytes) : RING_BYTES + part_bytes));
 #endif
+#if GATED
+    for (int e = threadIdx.x; e < tokens * OWN * 16; e += WARPS * 32) {
+      const int token = e / (OWN * 16), row = (strip0 + round * OWN) * 16 + e % (OWN * 16);
+      float gate = 0.f, up = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) {
+        gate += parts[(w * tokens + token) * ROW + e % (OWN * 16)];
+        up += parts[(w * tokens + token) * ROW + OWN * 16 + e % (OWN * 16)];
+      }
+      finish(token, row, gate / (1.f + __expf(-gate)) * up);
+    }
+#else
     for (int e = threadIdx.x; e < tokens * ROWS; e += WARPS * 32) {
       const int token = e / ROWS;
       [[maybe_unused]] const int row = (strip0 + round * STRIPS) * 16 + e % ROWS;
@@ -172,15 +229,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) sum += parts[(w * tokens + token) * ROW + e % ROWS];
 #if SPLIT == 1
-      if (row < n) y[long(token) * n + row] = from_float(bias ? sum + to_float(bias[row]) : sum);
+      finish(token, row, sum);
 #elif HOPPER
       // Ranks take turns at 32 sums.
       store_at_rank(gathered + (rank * ROUNDS + round) * per_rank + (e >> 5) / SPLIT * 32 + (e & 31),
                     (e >> 5) % SPLIT, sum);
 #else
-      if (row < n) partials[(long(rank) * all_tokens + blockIdx.y * TOKENS + token) * n + row] = sum;
+      const int n = weights.of[0].n;
+      if (row < n) partials[(long(rank) * all_tokens + token0 + token) * n + row] = sum;
 #endif
     }
+#endif
 #if HOPPER && SPLIT > 1
     if (round + 1 < rounds) continue;
     cluster_barrier();
@@ -191,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       float sum = 0.f;
 #pragma unroll
       for (int c = 0; c < SPLIT; ++c) sum += gathered[(c * ROUNDS + r) * per_rank + in_round];
-      if (token < tokens && row < n) y[long(token) * n + row] = from_float(bias ? sum + to_float(bias[row]) : sum);
+      if (token < tokens) finish(token, row, sum);
     }
 #endif
   }

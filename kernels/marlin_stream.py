@@ -6,7 +6,10 @@ How a weight is cut for it is decided by its shape, the number of tokens (in pow
 from __future__ import annotations
 
 import functools
+import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +26,8 @@ from awqc.kernels.marlin_join import join, join_launch
 _BARRIERS = 2048
 #: Whether sums of 16 activations are one product with ones rather than two: ``TURNED`` of marlin_block.cuh.
 TURNED = 0
+#: ``Weight`` of marlin_small.cu: packed, bias, residual, y, first strip, rows.
+_WEIGHT = struct.Struct("@PPPPii")
 #: Channels of a row of 128 bytes, which is what copies swizzle.
 _HALF_CHANNELS = 64
 #: Rows of a strip.
@@ -81,15 +86,27 @@ class Stream:
         tiling: how the weight is cut.
         blocks: of the grid.
         hopper: whether it is the path of bulk copies and clusters.
+        partial: whether sums are partial ones that another launch joins.
     """
 
     main: CudaKernel
     tiling: Tiling
     blocks: int
     hopper: bool
+    partial: bool
 
 
-def tile(rows: int, columns: int, tokens: int, group: int, processors: int, limit: int) -> Tiling:
+def tile(
+    rows: int,
+    columns: int,
+    tokens: int,
+    group: int,
+    processors: int,
+    limit: int,
+    *,
+    gated: bool = False,
+    whole: bool = False,
+) -> Tiling:
     """How to cut a weight of ``rows`` by ``columns`` blocks for ``tokens`` tokens, at most 16.
 
     Measured on an H200 (docs/kernels.md): every multiprocessor takes one share of the rows and all channels,
@@ -99,21 +116,23 @@ def tile(rows: int, columns: int, tokens: int, group: int, processors: int, limi
     Args:
         processors: multiprocessors of the device.
         limit: bytes of shared memory that a block may have.
+        gated: a block has as many strips of a second weight, ``rows`` are those of one; channels stay whole.
+        whole: channels stay whole.
     """
-    strips = rows * layout.STRIPS
+    strips, width = rows * layout.STRIPS, 2 if gated else 1
     share = -(-strips // processors)
-    split = 2 if tokens > 8 and share in (3, 4) and columns >= 64 else 1
+    split = 2 if tokens > 8 and share in (3, 4) and columns >= 64 and not (gated or whole) else 1
     share = -(-strips // (processors // split))
     token_tiles = -(-tokens // 8)
-    rounds = -(-share // 8)
-    at_once = -(-share // rounds)
+    rounds = -(-share * width // 8)
+    at_once = -(-share // rounds) * width
     warps = 16 if at_once * token_tiles <= 4 and columns >= 64 else 8
     for depth in (2, 1):
         tiling = Tiling(warps=warps, strips=at_once, rounds=rounds, split=split, depth=depth)
         if tiling.shared_bytes(tokens, group) <= limit:
             return tiling
     # Many tokens, small groups, little shared memory: fewer rows at a time.
-    return Tiling(warps=4, strips=2, rounds=-(-share // 2), split=split, depth=2)
+    return Tiling(warps=4, strips=2, rounds=-(-share * width // 2), split=split, depth=2)
 
 
 @functools.cache
@@ -122,50 +141,78 @@ def has_bulk_copies(device: torch.device) -> bool:
     return hardware(device).has_bulk_copies
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What decides the launch of ``marlin_small.cu``.
+
+    Args:
+        rows, columns: blocks of the weight; rows of all weights that are multiplied at once, or of the gate.
+        tokens: at most 16.
+        group: of the packed weight.
+        dtype: of the activations.
+        bfloat16_scales: of the packed weight.
+        weights: that are multiplied at once.
+        gated: the second of two weights is multiplied by SiLU of the first.
+        adds: something is added that a joining launch does not know.
+    """
+
+    rows: int
+    columns: int
+    tokens: int
+    group: int
+    dtype: torch.dtype
+    bfloat16_scales: bool
+    weights: int = 1
+    gated: bool = False
+    adds: bool = False
+
+    def tiling(self, at: Hardware) -> Tiling:
+        """How the weights are cut on a device."""
+        # Without clusters a launch of its own joins shares of channels, and that knows one weight.
+        whole = not at.has_bulk_copies and (self.weights > 1 or self.adds)
+        sizes = (self.rows, self.columns, self.tokens, self.group, at.processors, at.shared_bytes)
+        return tile(*sizes, gated=self.gated, whole=whole) if self.gated or whole else tile(*sizes)
+
+    def blocks(self, tiling: Tiling) -> int:
+        """Blocks of the grid."""
+        return tiling.blocks(self.rows * layout.STRIPS * (2 if self.gated else 1))
+
+    def macros(self, tiling: Tiling, hopper: bool) -> dict[str, int | str]:
+        """Those of the source."""
+        return {
+            "BF16": int(self.dtype == torch.bfloat16),
+            "SCALE_BF16": int(self.bfloat16_scales),
+            "GROUP": self.group,
+            "TOKENS": tile_tokens(self.tokens),
+            "WARPS": tiling.warps,
+            "STRIPS": tiling.strips,
+            "ROUNDS": tiling.rounds,
+            "SPLIT": tiling.split,
+            "DEPTH": tiling.depth,
+            "HOPPER": int(hopper),
+            "TURNED": TURNED,
+            "WEIGHTS": self.weights,
+            "GATED": int(self.gated),
+        }
+
+
 @functools.cache
-def stream(
-    rows: int,
-    columns: int,
-    tokens: int,
-    group: int,
-    dtype: torch.dtype,
-    bfloat16_scales: bool,
-    device: torch.device,
-) -> Stream:
-    """The launch for a weight of ``rows`` by ``columns`` blocks and up to 16 tokens, compiled and loaded."""
+def stream(problem: Problem, device: torch.device) -> Stream:
+    """The launch for ``problem``, compiled and loaded."""
     at = hardware(device)
-    hopper, limit = has_bulk_copies(device), at.shared_bytes
-    tiling = tile(rows, columns, tokens, group, at.processors, limit)
-    defines = _macros(tiling, tokens, group, dtype, bfloat16_scales, hopper)
+    hopper, tiling = at.has_bulk_copies, problem.tiling(at)
+    size = _WEIGHT.size * problem.weights
     main = kernel(
         "marlin_small.cu",
         "small",
-        "128sPPPiiiii" if hopper else "PPPPPiiiii",
+        f"128s{size}siiii" if hopper else f"P{size}sPiiii",
         device,
-        shared=tiling.occupied_bytes(tokens, group, limit),
+        shared=tiling.occupied_bytes(problem.tokens, problem.group, at.shared_bytes),
         cluster=tiling.split if hopper else 1,
         dependent=hopper,
-        **defines,
+        **problem.macros(tiling, hopper),
     )
-    return Stream(main, tiling, tiling.blocks(rows * layout.STRIPS), hopper)
-
-
-def _macros(
-    tiling: Tiling, tokens: int, group: int, dtype: torch.dtype, bfloat16_scales: bool, hopper: bool
-) -> dict[str, int | str]:
-    return {
-        "BF16": int(dtype == torch.bfloat16),
-        "SCALE_BF16": int(bfloat16_scales),
-        "GROUP": group,
-        "TOKENS": tile_tokens(tokens),
-        "WARPS": tiling.warps,
-        "STRIPS": tiling.strips,
-        "ROUNDS": tiling.rounds,
-        "SPLIT": tiling.split,
-        "DEPTH": tiling.depth,
-        "HOPPER": int(hopper),
-        "TURNED": TURNED,
-    }
+    return Stream(main, tiling, problem.blocks(tiling), hopper, tiling.split > 1 and not hopper)
 
 
 def _launch_tokens(tokens: int) -> int:
@@ -178,8 +225,8 @@ def describe(
 ) -> list[Launch]:
     """The launches of :func:`multiply`."""
     tokens, most = rows.shape[0], _launch_tokens(rows.shape[0])
-    strips, columns, limit = packed.shape[0] * layout.STRIPS, packed.shape[1], at.shared_bytes
-    tiling = tile(packed.shape[0], columns, most, group, at.processors, limit)
+    problem = Problem(packed.shape[0], packed.shape[1], most, group, rows.dtype, bfloat16_scales)
+    tiling = problem.tiling(at)
     joined = tiling.split > 1 and not at.has_bulk_copies
     out = tokens * n * rows.itemsize
     partial = tiling.split * tokens * n * 4
@@ -187,50 +234,101 @@ def describe(
         "marlin_small.cu:small",
         nbytes(rows, packed, None if joined else bias),
         partial if joined else out,
-        grid=(tiling.blocks(strips), -(-tokens // 16)),
+        grid=(problem.blocks(tiling), -(-tokens // 16)),
         block=(tiling.warps * 32,),
-        shared=tiling.occupied_bytes(most, group, limit),
+        shared=tiling.occupied_bytes(most, group, at.shared_bytes),
         cluster=tiling.split if at.has_bulk_copies else 1,
         config=asdict(tiling),
-        code=CudaCode(
-            "marlin_small.cu",
-            "small",
-            _macros(tiling, most, group, rows.dtype, bfloat16_scales, at.has_bulk_copies),
-        ),
+        code=CudaCode("marlin_small.cu", "small", problem.macros(tiling, at.has_bulk_copies)),
     )
     return [main, join_launch(tiling.split, tokens, n, rows.dtype, bias, False)] if joined else [main]
 
 
 def multiply(
-    rows: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int, bfloat16_scales: bool
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group: int,
+    bfloat16_scales: bool,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``rows @ W.T + bias`` for ``rows`` ``(M, K)`` float16 or bfloat16, contiguous; ``(M, n)``.
+    """``rows @ W.T + bias + residual`` for ``rows`` ``(M, K)`` float16 or bfloat16, contiguous; ``(M, n)``.
 
     Args:
         packed, group, bfloat16_scales: of :func:`awqc.kernels.qlinear_marlin.qlinear_marlin`.
         bias: ``(n,)`` of the dtype of ``rows``, or None.
+        residual: ``(M, n)`` contiguous, of the dtype of ``rows``, or None.
     """
+    out = rows.new_empty(rows.shape[0], n)
+    if rows.shape[0]:
+        weight = (packed, bias, residual, out, n)
+        problem = _problem(rows, packed.shape[0], packed, group, bfloat16_scales, adds=residual is not None)
+        _launch(rows, problem, [weight])
+    return out
+
+
+def multiply_all(
+    rows: Tensor,
+    packed: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    group: int,
+    bfloat16_scales: bool,
+) -> list[Tensor]:
+    """:func:`multiply` by several weights of as many channels in one launch: ``(M, n)`` for each size."""
+    outs = [rows.new_empty(rows.shape[0], n) for n in sizes]
+    if rows.shape[0]:
+        weights = [(p, b, None, y, n) for p, b, y, n in zip(packed, biases, outs, sizes, strict=True)]
+        total = sum(p.shape[0] for p in packed)
+        _launch(rows, _problem(rows, total, packed[0], group, bfloat16_scales, weights=len(weights)), weights)
+    return outs
+
+
+def multiply_gated(
+    rows: Tensor, gate: Tensor, up: Tensor, n: int, group: int, bfloat16_scales: bool
+) -> Tensor:
+    """``silu(rows @ gate.T) * (rows @ up.T)`` in one launch, rounded once: ``(M, n)``."""
+    out = rows.new_empty(rows.shape[0], n)
+    if rows.shape[0]:
+        problem = _problem(rows, gate.shape[0], gate, group, bfloat16_scales, weights=2, gated=True)
+        _launch(rows, problem, [(gate, None, None, out, n), (up, None, None, out, n)])
+    return out
+
+
+#: A weight of a launch: packed, bias, residual, result, rows.
+_Operand = tuple[Tensor, "Tensor | None", "Tensor | None", Tensor, int]
+
+
+def _problem(
+    rows: Tensor, row_blocks: int, packed: Tensor, group: int, bfloat16_scales: bool, **fused: Any
+) -> Problem:
+    most = _launch_tokens(rows.shape[0])
+    return Problem(row_blocks, packed.shape[1], most, group, rows.dtype, bfloat16_scales, **fused)
+
+
+def _launch(rows: Tensor, problem: Problem, weights: Sequence[_Operand]) -> None:
+    """Write the results of ``weights``."""
     rows = aligned(rows)
     tokens, k = rows.shape
-    out = rows.new_empty(tokens, n)
-    if not tokens:
-        return out
-    most = _launch_tokens(tokens)
-    launch = stream(packed.shape[0], packed.shape[1], most, group, rows.dtype, bfloat16_scales, rows.device)
-    own_bias = 0 if bias is None else bias.data_ptr()
-    sizes = (tokens, n, packed.shape[0] * layout.STRIPS, packed.shape[1])
+    launch = stream(problem, rows.device)
+    first, packed_weights = 0, b""
+    for packed, bias, residual, out, n in weights:
+        added = [0 if tensor is None else tensor.data_ptr() for tensor in (bias, residual)]
+        packed_weights += _WEIGHT.pack(packed.data_ptr(), *added, out.data_ptr(), first, n)
+        first += 0 if problem.gated else packed.shape[0] * layout.STRIPS
     grid, block = (launch.blocks, -(-tokens // 16)), (launch.tiling.warps * 32,)
+    sizes = (tokens, problem.rows * layout.STRIPS, problem.columns)
     if launch.hopper:
-        x = tensor_map(rows, most, _HALF_CHANNELS)
-        launch.main.launch(grid, block, (x, out.data_ptr(), packed.data_ptr(), own_bias, *sizes, most))
-        return out
+        x = tensor_map(rows, problem.tokens, _HALF_CHANNELS)
+        launch.main.launch(grid, block, (x, packed_weights, *sizes, problem.tokens))
+        return
+    _, bias, _, out, n = weights[0]
     split = launch.tiling.split
-    partials = torch.empty(split, tokens, n, dtype=torch.float32, device=rows.device)
-    pointers = (rows.data_ptr(), out.data_ptr(), packed.data_ptr(), own_bias, partials.data_ptr())
-    launch.main.launch(grid, block, (*pointers, *sizes, k))
-    if split > 1:
+    partials = torch.empty(split if launch.partial else 0, tokens, n, dtype=torch.float32, device=rows.device)
+    launch.main.launch(grid, block, (rows.data_ptr(), packed_weights, partials.data_ptr(), *sizes, k))
+    if launch.partial:
         join(out, partials, bias, dependent=False)
-    return out
 
 
 def aligned(rows: Tensor) -> Tensor:

@@ -55,12 +55,12 @@ def qlinear_marlin(
         group: channels that share a scale within a block: 32, 64 or 128.
         bfloat16_scales: whether packed scales are bfloat16 rather than float16.
     """
-    rows, bias = _inputs(x, bias)
+    rows, bias = kernel_inputs(x, bias)
     arguments = (rows, packed, bias, out_features, group, bfloat16_scales)
-    tokens, hopper = rows.shape[0], has_bulk_copies(x.device)
-    if tokens <= STREAMED_TOKENS[hopper]:
+    tokens = rows.shape[0]
+    if streams(rows):
         out = marlin_stream.multiply(*arguments)
-    elif hopper and tokens <= WIDE_TOKENS:
+    elif tokens <= WIDE_TOKENS and has_bulk_copies(x.device):
         row_blocks, columns = packed.shape[:2]
         tiling = marlin_pair.plan(row_blocks, columns, tokens, group, x.device)
         if tiling is None:
@@ -73,7 +73,12 @@ def qlinear_marlin(
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def _inputs(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def streams(rows: Tensor) -> bool:
+    """Whether ``rows`` ``(M, K)`` are few enough for the streaming kernel."""
+    return rows.shape[0] <= STREAMED_TOKENS[has_bulk_copies(rows.device)]
+
+
+def kernel_inputs(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Rows of tokens, and the bias, in the dtype that kernels multiply."""
     dtype = x.dtype if x.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
     rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
@@ -91,7 +96,7 @@ def describe(
     bfloat16_scales: bool,
 ) -> list[Launch]:
     """The launches of :func:`qlinear_marlin`."""
-    rows, bias = _inputs(x, bias)
+    rows, bias = kernel_inputs(x, bias)
     arguments = (rows, packed, bias, out_features, group, bfloat16_scales)
     tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
     if tokens <= STREAMED_TOKENS[at.has_bulk_copies]:

@@ -13,6 +13,7 @@
 #define __device__
 #define __shared__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
@@ -89,6 +90,7 @@ template <class T> static T __ldg(const T* p) { return *p; }
 static uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) {
   return uint32_t((uint64_t(high) << 32 | low) >> (by & 31));
 }
+static float __expf(float x) { return __builtin_expf(x); }
 static float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }

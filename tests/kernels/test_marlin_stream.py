@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from awqc.kernels import nvrtc
 from awqc.kernels.cuda_launch import read_source
-from awqc.kernels.marlin_stream import tile, tile_tokens
+from awqc.kernels.hardware import Hardware
+from awqc.kernels.marlin_stream import Problem, tile, tile_tokens
 
 #: Shared memory that a block may have on compute capability 8.0, 8.9 and 9.0, in bytes.
 LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90a": 227 << 10}
@@ -35,6 +37,7 @@ def test_up_to_eight_tokens_are_cut_alike(rows: int, columns: int) -> None:
     assert len({tile(rows, columns, tokens, 128, 132, LIMITS["sm_90a"]) for tokens in (1, 2, 4, 8)}) == 1
 
 
+CAPABILITIES = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90a": (9, 0)}
 #: Multiprocessors of the devices of each architecture that the limits are of.
 PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90a": 132}
 
@@ -44,28 +47,17 @@ def variants(arch: str) -> list[dict[str, int | str]]:
     sizes = itertools.product(
         (64, 1024, 4096, 6144, 8192, 11008, 14336, 28672, 128256), (128, 4096, 14336, 28672), (1, 8, 16)
     )
-    dtypes, groups = (
-        itertools.cycle(itertools.product((0, 1), (0, 1))),
-        itertools.cycle((128, 64, 128, 32, 128)),
-    )
+    dtypes = itertools.cycle(itertools.product((torch.float16, torch.bfloat16), (False, True)))
+    groups = itertools.cycle((128, 64, 128, 32, 128))
+    forms = itertools.cycle([{}, {}, {"weights": 2, "gated": True}, {}, {"weights": 3}])
+    at = Hardware(arch, "cuda", PROCESSORS[arch], CAPABILITIES[arch], LIMITS[arch])
     found: dict[object, dict[str, int | str]] = {}
-    for (n, k, tokens), group in zip(sizes, groups, strict=False):
-        tiling = tile(-(-n // 64), -(-k // 128), tokens, group, PROCESSORS[arch], LIMITS[arch])
-        key = (tiling, tile_tokens(tokens))
-        if key not in found:
-            bfloat16, bfloat16_scales = next(dtypes)
-            found[key] = {
-                "BF16": bfloat16,
-                "SCALE_BF16": bfloat16_scales,
-                "GROUP": group,
-                "TOKENS": tile_tokens(tokens),
-                "WARPS": tiling.warps,
-                "STRIPS": tiling.strips,
-                "ROUNDS": tiling.rounds,
-                "SPLIT": tiling.split,
-                "DEPTH": tiling.depth,
-                "HOPPER": int(arch == "sm_90a"),
-            }
+    for (n, k, tokens), group, form in zip(sizes, groups, forms, strict=False):
+        dtype, bfloat16_scales = next(dtypes)
+        problem = Problem(-(-n // 64), -(-k // 128), tokens, group, dtype, bfloat16_scales, **form)
+        tiling = problem.tiling(at)
+        macros = {**problem.macros(tiling, at.has_bulk_copies), "TURNED": len(found) % 2}
+        found.setdefault((tiling, tile_tokens(tokens), problem.gated), macros)
     return list(found.values())
 
 
