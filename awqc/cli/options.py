@@ -33,10 +33,14 @@ FloatModel = Annotated[
 Backend = Annotated[
     str, typer.Option(metavar="NAME", help="What runs the linears: auto, or a name from 'awqc backends'.")
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, ...")]
+# Named in full: some versions of typer spell an option as its metavar where the two are one word.
+Device = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, ...")
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
+        "--dtype",
         metavar="DTYPE",
         help="Of activations: float32, float16 or bfloat16; float32 on the CPU and the model's own elsewhere "
         "unless given.",

@@ -7,6 +7,7 @@ import torch
 
 import awqc.backends.marlin as module
 from awqc.backend import LinearShape, get_backend
+from awqc.kernels.hardware import assumed, known
 from awqc.quantized import QuantizedWeight, Scheme, quantize
 
 CUDA = torch.device("cuda", 0)
@@ -21,14 +22,14 @@ def test_it_is_preferred_to_the_other_backends() -> None:
 
 
 def test_it_asks_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     shape = LinearShape(64, 128, Scheme(), torch.float16, CUDA)
-    monkeypatch.setattr(module, "available", lambda: True)
-    assert get_backend("marlin").refuses(shape) is None
-    monkeypatch.setattr(module, "available", lambda: False)
-    assert get_backend("marlin").refuses(shape) == (
-        "needs NVRTC, which torch's CUDA builds bring along: pip install nvidia-cuda-nvrtc"
-    )
+    with assumed(known()["h200"]):
+        monkeypatch.setattr(module, "available", lambda: True)
+        assert get_backend("marlin").refuses(shape) is None
+        monkeypatch.setattr(module, "available", lambda: False)
+        assert get_backend("marlin").refuses(shape) == (
+            "needs NVRTC, which torch's CUDA builds bring along: pip install nvidia-cuda-nvrtc"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import awqc
+from awqc.backend import backends
 from awqc.evaluate import compare, perplexity
 
 Invoke = Callable[..., Any]
@@ -47,7 +48,9 @@ def test_against_the_original(model: Path, checkpoint: Path, text: Path, invoke:
 
 def test_the_backend_is_chosen(checkpoint: Path, text: Path, invoke: Invoke) -> None:
     result = invoke("eval", checkpoint, "--text", text, "--backend", "quantum")
-    assert result.stderr == "error: unknown backend 'quantum': choose one of auto, cpu, reference\n"
+    names = ", ".join(["auto", *backends()])
+    assert result.stderr == f"error: unknown backend 'quantum': choose one of {names}\n"
+    assert {"cpu", "exllama", "marlin", "reference", "triton"} <= set(backends())
     assert result.exit_code == 1
 
 

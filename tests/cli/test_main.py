@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import awqc
+from awqc.cli.main import app
 from awqc.errors import VerifyError
 
 Invoke = Callable[..., Any]
@@ -168,3 +169,12 @@ def test_backends(invoke: Invoke) -> None:
     lines = invoke("backends").stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(document["backends"])
     assert lines[0].split()[:2] == ["backend", "priority"]
+
+
+def test_options_are_spelled_in_small_letters() -> None:
+    import typer
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    spelled = {name for command in commands.values() for p in command.params for name in p.opts}
+    assert {"--device", "--dtype", "--bits"} <= spelled
+    assert [name for name in spelled if name.startswith("--") and name != name.lower()] == []
