@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from awqc.context import Context
 from awqc.dispatch import Rerouting, choice
-from awqc.errors import NonFiniteError
+from awqc.errors import ConfigError, NonFiniteError
 from awqc.expert_statistics import ExpertStatistics
 from awqc.functional import rewrites
 from awqc.graph import Env, Graph, execute
@@ -61,12 +61,18 @@ class Activations:
         self._dtype = propagation_dtype(self.context.config.propagate_dtype, weights.dtype, weights.device)
         if self._dtype is not None:
             self.context.report.note("calibration", f"tokens move through products in {self._dtype}")
+        count, ranks = len(self.context.batches), self.context.ranks
+        if count < ranks.count:
+            raise ConfigError(
+                f"{ranks.count} processes and {count} calibration samples: each process needs one, so start "
+                "fewer"
+            )
         self._position = 0
         self._rerouted = self._rerouting() if self.context.config.calibrate_all_experts else {}
         self._run_static()
         self.samples = [
             {n: batch[str(n.target)].to(self.graph.weights.device) for n in self.graph.inputs}
-            for batch in self.context.batches
+            for batch in self.context.ranks.mine(self.context.batches)
         ]
         self._move(self.stages.stages[0].start if self.stages.stages else 0)
 
@@ -93,23 +99,45 @@ class Activations:
                 statistics.by_expert[observer.node] = by_expert
         routed = [s.view for s in statistics.by_expert.values() if s.view not in self._rerouted]
         dispatched = [node for view in routed for node in (view.x, view.offsets) if node is not None]
-        for index, sample in enumerate(self.samples):
-            values = self.evaluate([*statistics, *dispatched], sample)
+        ranks, count = self.context.ranks, len(self.context.batches)
+        for start in range(0, count, ranks.count):
+            # One sample of each process; at the end some have none left.
+            sample = self.samples[start // ranks.count] if start + ranks.rank < count else None
+            values = {} if sample is None else self.evaluate([*statistics, *dispatched], sample)
             for node, found in statistics.items():
-                x = values[node].reshape(-1, found.mean_abs.shape[0])
-                for rows, held_out in split_sample(x, index, len(self.samples)):
-                    found.add(rows, held_out)
+                width = found.mean_abs.shape[0]
+                x = found.mean_abs.new_empty(0, width) if sample is None else values[node].reshape(-1, width)
+                for index, each in enumerate(ranks.gather(x), start):
+                    for rows, held_out in split_sample(each, index, count) if index < count else ():
+                        found.add(rows, held_out, ranks)
             for by_expert in statistics.by_expert.values():
-                for expert, x in self._expert_rows(by_expert.view, values, sample):
-                    for rows, held_out in split_sample(x, index, len(self.samples)):
-                        by_expert.add(expert, rows, held_out)
+                own = [] if sample is None else self._expert_rows(by_expert.view, values, sample)
+                for index, parts in enumerate(self._gathered(list(own), by_expert.view), start):
+                    for expert, each in parts:
+                        for rows, held_out in split_sample(each, index, count):
+                            by_expert.add(expert, rows, held_out, ranks)
         for observer in stage.observers:
-            for found in statistics.finish(observer.node):
+            for found in statistics.finish(observer.node, ranks):
                 # A NaN or Inf anywhere makes these sums non-finite.
                 total = found.mean_abs.sum() + found.gram.diagonal().sum() + found.held_out.diagonal().sum()
                 if not bool(torch.isfinite(total)):
                     self._raise_non_finite(observer)
         return statistics
+
+    def _gathered(
+        self, parts: list[tuple[int, Tensor]], view: ExpertLinear
+    ) -> list[list[tuple[int, Tensor]]]:
+        """``(expert, rows)`` of every process."""
+        ranks = self.context.ranks
+        if ranks.count == 1:
+            return [parts]
+        nothing = torch.empty(0, view.in_features, device=self.graph.weights.device)
+        joined = ranks.gather(torch.cat([nothing, *(rows for _, rows in parts)]))
+        sizes = ranks.agree("", [(expert, len(rows)) for expert, rows in parts])
+        return [
+            list(zip([e for e, _ in each], rows.split([n for _, n in each]), strict=True))
+            for each, rows in zip(sizes, joined, strict=True)
+        ]
 
     def _expert_rows(self, view: ExpertLinear, values: Env, sample: Env) -> Iterable[tuple[int, Tensor]]:
         if view in self._rerouted:

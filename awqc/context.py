@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from torch import Tensor
 
 from awqc.config import QuantConfig
+from awqc.ranks import Ranks, current
 from awqc.report import Report
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Context:
         stage: the stage being processed by stage passes.
         probe: the same forward at a small shape, on which passes over the whole graph are checked.
         journal: where finished stages are committed, and replayed from; None keeps everything in memory.
+        ranks: the processes among which tokens and searches are divided.
     """
 
     config: QuantConfig
@@ -62,3 +64,4 @@ class Context:
     stage: Stage | None = None
     probe: Probe | None = None
     journal: Journal | None = None
+    ranks: Ranks = field(default_factory=current)

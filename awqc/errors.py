@@ -39,5 +39,9 @@ class JournalError(AwqcError):
     """A journal of another compile, a damaged one, or one that cannot be written."""
 
 
+class RankError(AwqcError):
+    """Another process of a job has ended, or does not answer."""
+
+
 class BackendError(AwqcError):
     """An unknown backend, or a linear that no backend can run."""

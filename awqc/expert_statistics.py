@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from awqc.input_statistics import HELD_OUT_EVERY, InputStatistics
+from awqc.input_statistics import ALONE, HELD_OUT_EVERY, InputStatistics
+from awqc.ranks import Ranks
 from awqc.views import ExpertLinear
 
 
@@ -43,13 +44,13 @@ class ExpertStatistics:
         """How many experts are searched on the sums of the layer."""
         return sum(tokens < self.least for tokens in self.tokens)
 
-    def add(self, index: int, x: Tensor, held_out: bool) -> None:
+    def add(self, index: int, x: Tensor, held_out: bool, ranks: Ranks = ALONE) -> None:
         """Account for rows ``(tokens, K)`` of expert ``index``."""
         if index not in self._own:
             self._own[index] = InputStatistics.empty(self.view.in_features, self._device)
-        self._own[index].add(x, held_out)
+        self._own[index].add(x, held_out, ranks)
 
-    def finish(self) -> None:
+    def finish(self, ranks: Ranks = ALONE) -> None:
         """Complete all sums and decide which experts use those of the layer."""
         layer = self.layer
         for own in self._own.values():
@@ -59,7 +60,7 @@ class ExpertStatistics:
             layer.tokens += own.tokens
             layer.held_out_tokens += own.held_out_tokens
         for statistics in (layer, *self._own.values()):
-            statistics.finish()
+            statistics.finish(ranks)
         nothing = replace(layer, tokens=0, held_out_tokens=0)
         for index in range(self.view.count):
             own = self._own.pop(index, nothing)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awqc.ranks import Ranks
+
+ALONE = Ranks()
 #: One sample in this many is held out from every search, to judge what the search proposes.
 HELD_OUT_EVERY = 8
 #: Width of the column blocks of which only the upper triangle of a Gram matrix is computed.
@@ -42,20 +45,21 @@ class InputStatistics:
 
         return InputStatistics(zeros(width, width), zeros(width, width), zeros(width))
 
-    def add(self, x: Tensor, held_out: bool) -> None:
-        """Account for activations ``(tokens, K)``."""
+    def add(self, x: Tensor, held_out: bool, ranks: Ranks = ALONE) -> None:
+        """Account for activations ``(tokens, K)``; of the Gram matrix only for the blocks of this rank."""
         x = x.float()
         if held_out:
-            _add_gram(self.held_out, x)
+            _add_gram(self.held_out, x, ranks)
             self.held_out_tokens += len(x)
         else:
-            _add_gram(self.gram, x)
+            _add_gram(self.gram, x, ranks)
             self.mean_abs += x.abs().sum(0)
             self.tokens += len(x)
 
-    def finish(self) -> None:
+    def finish(self, ranks: Ranks = ALONE) -> None:
         """Complete the symmetric halves and turn sums into means."""
         for gram in (self.gram, self.held_out):
+            ranks.add(gram)  # where one rank has a block, the others have zeros
             for i in range(GRAM_BLOCK, len(gram), GRAM_BLOCK):
                 gram[i:, i - GRAM_BLOCK : i] = gram[i - GRAM_BLOCK : i, i:].T
         self.mean_abs /= max(self.tokens, 1)
@@ -67,8 +71,8 @@ class InputStatistics:
         self.mean_abs /= divisor
 
 
-def _add_gram(gram: Tensor, x: Tensor) -> None:
-    for i in range(0, len(gram), GRAM_BLOCK):
+def _add_gram(gram: Tensor, x: Tensor, ranks: Ranks) -> None:
+    for i in ranks.mine(range(0, len(gram), GRAM_BLOCK)):
         gram[i : i + GRAM_BLOCK, i:].addmm_(x[:, i : i + GRAM_BLOCK].T, x[:, i:])
 
 

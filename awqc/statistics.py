@@ -7,8 +7,9 @@ from torch import Tensor, fx
 
 from awqc.expert_statistics import ExpertStatistics
 from awqc.groups import ScaleGroup
-from awqc.input_statistics import InputStatistics
+from awqc.input_statistics import ALONE, InputStatistics
 from awqc.matrices import Matrix
+from awqc.ranks import Ranks
 
 
 class Statistics(dict[fx.Node, InputStatistics]):
@@ -23,14 +24,14 @@ class Statistics(dict[fx.Node, InputStatistics]):
         """What to judge ``matrix``, which reads ``node``, by."""
         return self[node] if matrix.index is None else self.by_expert[node][matrix.index]
 
-    def finish(self, node: fx.Node) -> list[InputStatistics]:
+    def finish(self, node: fx.Node, ranks: Ranks = ALONE) -> list[InputStatistics]:
         """Complete the sums of ``node``: those of linears, those of the layer whose experts read it."""
         found = []
         if node in self:
-            self[node].finish()
+            self[node].finish(ranks)
             found.append(self[node])
         if node in self.by_expert:
-            self.by_expert[node].finish()
+            self.by_expert[node].finish(ranks)
             found.append(self.by_expert[node].layer)
         return found
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from awqc.clipping import SHRINKS, clipped_grid
 from awqc.context import Context
@@ -18,12 +19,14 @@ from awqc.graph import Graph
 from awqc.grids import Grids
 from awqc.input_statistics import InputStatistics
 from awqc.loss import GATE_ROWS, gram_blocks, output_loss
-from awqc.matrices import matrices, together
+from awqc.matrices import Matrix, matrices, together
 from awqc.pipeline import Pass
 from awqc.quantized import Grid, Scheme, minmax_grid, sample_rows
+from awqc.ranks import ROWS, Ranks
 from awqc.schemes import Schemes
 from awqc.stages import Observer
 from awqc.statistics import Statistics
+from awqc.views import ExpertLinear, Linear
 from awqc.work import Work, matrices_of, quantized_views
 
 
@@ -60,18 +63,46 @@ class ClipWeights(Pass):
                 scheme = schemes.get(view.parameter)
                 if scheme is None:
                     continue
-                chosen = []
-                for matrix in matrices(view):
-                    statistics = graph.facts[Statistics].of(observer.node, matrix)
-                    chosen.append(self._grid(matrix.weight(graph.weights), scheme, statistics))
+                chosen = self._grids(graph, observer.node, view, scheme, context.ranks)
                 grids[view.parameter] = together(view, [grid for grid, _ in chosen])
                 context.report.linears[view.parameter].clipped = sum(cut for _, cut in chosen) / len(chosen)
         graph.facts[Grids] = grids
 
-    def _grid(self, weight: Tensor, scheme: Scheme, statistics: InputStatistics) -> tuple[Grid, float]:
+    def _grids(
+        self, graph: Graph, node: fx.Node, view: Linear | ExpertLinear, scheme: Scheme, ranks: Ranks
+    ) -> list[tuple[Grid, float]]:
+        """The grid of each matrix of ``view``, and the mean share of its range that is cut off. Experts are
+        divided among processes, a linear's rows are."""
+        device = graph.weights.device
+
+        def of(matrix: Matrix, ranks: Ranks) -> tuple[Grid, float]:
+            statistics = graph.facts[Statistics].of(node, matrix)
+            return self._grid(matrix.weight(graph.weights), scheme, statistics, ranks)
+
+        def tensors(matrix: Matrix) -> tuple[Tensor, Tensor, float]:
+            grid, cut = of(matrix, Ranks())
+            return grid.scales, grid.zeros, cut
+
+        if isinstance(view, Linear):
+            return [of(matrix, ranks) for matrix in matrices(view)]
+        return [
+            (Grid(scales, zeros, scheme, view.in_features), cut)
+            for scales, zeros, cut in ranks.map(tensors, matrices(view), device)
+        ]
+
+    def _grid(
+        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, ranks: Ranks
+    ) -> tuple[Grid, float]:
         """The grid of ``weight`` ``(N, K)`` and the mean share of its range that is cut off."""
         blocks = gram_blocks(statistics.gram, scheme.group(weight.shape[1]))
-        clipped, share = clipped_grid(weight, scheme, blocks, self.shrinks)
+
+        def clipped_rows(part: range) -> tuple[Tensor, Tensor, Tensor]:
+            grid, share = clipped_grid(weight[part.start : part.stop], scheme, blocks, self.shrinks)
+            return grid.scales, grid.zeros, share
+
+        found = ranks.map(clipped_rows, ranks.ranges(len(weight), ROWS), weight.device)
+        scales, zeros, share = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        clipped = Grid(scales, zeros, scheme, weight.shape[1])
         full, rows = minmax_grid(weight, scheme), sample_rows(weight, GATE_ROWS)
         before, after = (
             float(output_loss(grid.sample(GATE_ROWS).nearest(rows) - rows, statistics.held_out))

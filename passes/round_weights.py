@@ -21,6 +21,7 @@ from awqc.loss import GATE_ROWS, output_loss
 from awqc.matrices import apart, matrices
 from awqc.pipeline import Pass
 from awqc.quantized import Grid, QuantizedWeight, Scheme, from_codes, minmax_grid, sample_rows, stack
+from awqc.ranks import ROWS, Ranks
 from awqc.rounding import ColumnGrid, compensated_codes, descend, feedback, in_place, visiting_order
 from awqc.schemes import Schemes
 from awqc.stages import Observer
@@ -40,6 +41,18 @@ class _Rounded(NamedTuple):
     weight: QuantizedWeight
     error: float
     rounding: str
+
+    @staticmethod
+    def of(
+        codes: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme, error: float, rounding: str
+    ) -> _Rounded:
+        """Inverse of :meth:`plain`."""
+        return _Rounded(QuantizedWeight(codes, scales, zeros, scheme), error, rounding)
+
+    def plain(self) -> tuple[Tensor, Tensor, Tensor, Scheme, float, str]:
+        """As processes pass it on."""
+        weight = self.weight
+        return weight.codes, weight.scales, weight.zeros, weight.scheme, self.error, self.rounding
 
 
 @dataclass(frozen=True)
@@ -100,23 +113,42 @@ class RoundWeights(Pass):
         grids = {v.parameter: apart(v, chosen[v.parameter]) for v in views if v.parameter in chosen}
         # What reads the same input is rounded as one: the work of a step is per column.
         groups = list(zip(*map(matrices, views), strict=True))
-        weights = [[matrix.weight(graph.weights) for matrix in group] for group in groups]
-        on = [
-            [
-                grids[matrix.parameter][index]
-                if matrix.parameter in grids
-                else minmax_grid(weight, schemes[matrix.parameter])
-                for matrix, weight in zip(group, weights[index], strict=True)
+
+        def rounded(part: range, ranks: Ranks) -> list[list[_Rounded]]:
+            """The matrices of ``groups`` numbered ``part``."""
+            weights = [[matrix.weight(graph.weights) for matrix in groups[index]] for index in part]
+            on = [
+                [
+                    grids[matrix.parameter][index]
+                    if matrix.parameter in grids
+                    else minmax_grid(weight, schemes[matrix.parameter])
+                    for matrix, weight in zip(groups[index], together, strict=True)
+                ]
+                for index, together in zip(part, weights, strict=True)
             ]
-            for index, group in enumerate(groups)
-        ]
-        statistics = [graph.facts[Statistics].of(observer.node, group[0]) for group in groups]
-        compensated = self._compensated(weights, on, [each.gram for each in statistics])
-        for index, group in enumerate(groups):
-            held_out = statistics[index].held_out
-            for i, matrix in enumerate(group):
-                codes = compensated[index][i] if compensated else None
-                found[matrix.parameter].append(_better(weights[index][i], on[index][i], codes, held_out))
+            statistics = [graph.facts[Statistics].of(observer.node, groups[index][0]) for index in part]
+            codes = self._compensated(weights, on, [each.gram for each in statistics], ranks)
+            return [
+                [
+                    _better(weight, grid, codes[i][j] if codes else None, statistics[i].held_out)
+                    for j, (weight, grid) in enumerate(zip(weights[i], on[i], strict=True))
+                ]
+                for i in range(len(part))
+            ]
+
+        whole, ranks = range(len(groups)), context.ranks
+        if len(groups) == 1 or ranks.count == 1:
+            done = rounded(whole, ranks)
+        else:
+            ran = ranks.map(
+                lambda part: [[one.plain() for one in group] for group in rounded(part, Ranks())],
+                ranks.ranges(len(groups)),
+                graph.weights.device,
+            )
+            done = [[_Rounded.of(*one) for one in group] for part in ran for group in part]
+        for group, made in zip(groups, done, strict=True):
+            for matrix, one in zip(group, made, strict=True):
+                found[matrix.parameter].append(one)
         for view in views:
             each, row = found[view.parameter], context.report.linears[view.parameter]
             row.scheme = str(schemes[view.parameter])
@@ -127,10 +159,11 @@ class RoundWeights(Pass):
             graph.weights[view.parameter] = Rounded(weight, view.transposed)
 
     def _compensated(
-        self, weights: list[list[Tensor]], grids: list[list[Grid]], grams: list[Tensor]
+        self, weights: list[list[Tensor]], grids: list[list[Grid]], grams: list[Tensor], ranks: Ranks
     ) -> list[list[Tensor]]:
         """Codes ``(N, K)`` of every weight, from one run over the columns of all that share a Gram matrix and
-        of some experts at a time; nothing if rounding is to the nearest."""
+        of some experts at a time; nothing if rounding is to the nearest. The rows of a single run are divided
+        among processes."""
         if self.method == "nearest":
             return []
         joined = [torch.cat(together) for together in weights]
@@ -141,21 +174,36 @@ class RoundWeights(Pass):
             orders = [visiting_order(grams[e]) for e in chunk]
             factors = [feedback(grams[e], order) for e, order in zip(chunk, orders, strict=True)]
             columns = [ColumnGrid.of(join(grids[e]), order) for e, order in zip(chunk, orders, strict=True)]
-            codes = self._codes([joined[e] for e in chunk], columns, factors, orders)
+            if len(chunk) == 1:
+                codes = [self._rows(joined[start], columns[0], factors[0], grams[start], orders[0], ranks)]
+            else:
+                several = torch.stack([joined[e] for e in chunk])
+                grid = ColumnGrid.stack(columns)
+                stacked = compensated_codes(several, grid, torch.stack(factors), torch.stack(orders))
+                codes = [
+                    self._swept(one, joined[e], columns[i], grams[e], orders[i])
+                    for i, (e, one) in enumerate(zip(chunk, stacked.unbind(1), strict=True))
+                ]
             for i, e in enumerate(chunk):
-                for _ in range(self.sweeps):
-                    codes[i] = descend(codes[i], joined[e], columns[i], grams[e], orders[i])
                 found.append(list(in_place(codes[i], orders[i]).split([len(w) for w in weights[e]])))
         return found
 
-    def _codes(
-        self, weights: list[Tensor], columns: list[ColumnGrid], factors: list[Tensor], orders: list[Tensor]
-    ) -> list[Tensor]:
-        if len(weights) == 1:
-            return [compensated_codes(weights[0], columns[0], factors[0], orders[0])]
-        grid = ColumnGrid.stack(columns)
-        codes = compensated_codes(torch.stack(weights), grid, torch.stack(factors), torch.stack(orders))
-        return list(codes.unbind(1))
+    def _rows(
+        self, weight: Tensor, grid: ColumnGrid, factor: Tensor, gram: Tensor, order: Tensor, ranks: Ranks
+    ) -> Tensor:
+        """Codes ``(K, N)`` of one weight, some of its rows by each process."""
+
+        def of(part: range) -> Tensor:
+            rows, some = weight[part.start : part.stop], grid.rows(part)
+            codes = compensated_codes(rows, some, factor, order)
+            return self._swept(codes, rows, some, gram, order).to(torch.uint8)
+
+        return torch.cat(ranks.map(of, ranks.ranges(len(weight), ROWS), weight.device), 1).float()
+
+    def _swept(self, codes: Tensor, weight: Tensor, grid: ColumnGrid, gram: Tensor, order: Tensor) -> Tensor:
+        for _ in range(self.sweeps):
+            codes = descend(codes, weight, grid, gram, order)
+        return codes
 
 
 def _better(weight: Tensor, grid: Grid, compensated: Tensor | None, held_out: Tensor) -> _Rounded:

@@ -29,11 +29,13 @@ from awqc.activations import Activations
 from awqc.block_objective import BlockObjective
 from awqc.clipping import clipped_grid
 from awqc.context import Context
+from awqc.errors import ConfigError
 from awqc.graph import Graph
 from awqc.loss import gram_blocks, output_loss
 from awqc.members import Member, Part, parts
 from awqc.pipeline import Pass
 from awqc.quantized import sample_rows
+from awqc.ranks import Ranks
 from awqc.report import GroupRow
 from awqc.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
 from awqc.scales import Scales
@@ -46,13 +48,14 @@ Candidate = tuple[str, float, Tensor]
 
 
 class _Outcome(NamedTuple):
-    """What was tried on a part of a group and what came out: search losses of all candidates, the best
-    candidate, and the held-out losses of the identity and of the best."""
+    """What was tried on a part of a group and what came out: its channels, names of the candidates and their
+    search losses, the best with its scales, and the held-out losses of the identity and of the best."""
 
-    part: Part
-    candidates: list[Candidate]
+    channels: Tensor
+    labels: list[tuple[str, float]]
     search: Tensor
     best: int
+    chosen: Tensor
     before: float
     after: float
 
@@ -64,7 +67,7 @@ class _Outcome(NamedTuple):
     @property
     def scales(self) -> Tensor:
         """``(C,)``; 1 if nothing is to be folded."""
-        return self.candidates[self.best if self.applied else 0][2]
+        return self.chosen if self.applied else torch.ones_like(self.chosen)
 
 
 @dataclass(frozen=True)
@@ -117,25 +120,38 @@ class SearchScales(Pass):
         scales = Scales()
         for group in context.stage.groups:
             observers = [o for o in context.stage.observers if o.group is group]
-            found = [self._search(graph, part) for part in parts(graph, observers, group)]
+            found = self._outcomes(graph, context.ranks, parts(graph, observers, group))
             if not found:
                 continue
             _report(context.report.groups[group.name], found)
             if any(outcome.applied for outcome in found):
                 chosen = torch.ones(group.channels, device=graph.weights.device)
                 for outcome in found:
-                    chosen[outcome.part.channels] = outcome.scales
+                    chosen[outcome.channels] = outcome.scales
                 scales[group.name] = chosen
         graph.facts[Scales] = scales
 
-    def _search(self, graph: Graph, part: Part) -> _Outcome:
+    def _outcomes(self, graph: Graph, ranks: Ranks, found: list[Part]) -> list[_Outcome]:
+        """The outcome of each part; many parts are divided among processes, else the members of each are."""
+        if ranks.count > 1 and self.objective == "block":
+            raise ConfigError(
+                "objective='block' compares samples that one process holds: use the objective 'linear', or "
+                "one process"
+            )
+        if len(found) < ranks.count:
+            return [self._search(graph, part, ranks) for part in found]
+        return ranks.map(lambda part: self._search(graph, part, Ranks()), found, graph.weights.device)
+
+    def _search(self, graph: Graph, part: Part, ranks: Ranks) -> _Outcome:
         candidates = self.candidates(part)
-        search = self._losses(part, candidates)
+        search = self._losses(part, candidates, ranks)
         best = int(search.argmin())
         if self.objective == "block":
             best = self._best_by_block(graph, part, candidates, search)
-        before, after = self._losses(part, [candidates[0], candidates[best]], held_out=True).tolist()
-        return _Outcome(part, candidates, search, best, before, after)
+        gate = [candidates[0], candidates[best]]
+        before, after = self._losses(part, gate, ranks, held_out=True).tolist()
+        labels = [(family, ratio) for family, ratio, _ in candidates]
+        return _Outcome(part.channels, labels, search, best, candidates[best][2], before, after)
 
     def candidates(self, part: Part) -> list[Candidate]:
         """The identity, then every family at every ratio; ``(C,)`` each."""
@@ -151,16 +167,22 @@ class SearchScales(Pass):
                 found.append((family, ratio, _normalised(scales, part.alive)))
         return found
 
-    def _losses(self, part: Part, candidates: list[Candidate], held_out: bool = False) -> Tensor:
+    def _losses(
+        self, part: Part, candidates: list[Candidate], ranks: Ranks, held_out: bool = False
+    ) -> Tensor:
         """Losses of ``candidates``, rounded by the search tokens, on those or on the held-out tokens."""
-        total = torch.zeros(len(candidates), device=part.channels.device)
         factors: dict[int, tuple[Tensor, Tensor]] = {}
-        for member in part.members:
+
+        def of(member: Member) -> Tensor:
             rows = sample_rows(member.weight, self.sample_rows)
             columns = torch.stack([member.columns(scales) for _, _, scales in candidates])
             gram = member.statistics.held_out if held_out else member.statistics.gram
             losses = output_loss(self._errors(member, rows, columns, factors), gram)
-            total = total + losses * (len(member.weight) / len(rows)) * member.statistics.share
+            return losses * (len(member.weight) / len(rows)) * member.statistics.share
+
+        total = torch.zeros(len(candidates), device=part.channels.device)
+        for losses in ranks.map(of, part.members, part.channels.device):
+            total = total + losses
         return total
 
     def _errors(
@@ -217,7 +239,7 @@ def _per_channel(part: Part, columns: list[Tensor]) -> Tensor:
 
 def _report(row: GroupRow, found: list[_Outcome]) -> None:
     """State the outcome of a group: of its only part, or of all parts together."""
-    labels = [(family, ratio) for family, ratio, _ in found[0].candidates]
+    labels = found[0].labels
     losses = torch.stack([outcome.search for outcome in found]).sum(0)
     row.curve = [(*label, float(loss / losses[0])) for label, loss in zip(labels, losses, strict=True)]
     applied = [outcome for outcome in found if outcome.applied]
