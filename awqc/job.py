@@ -32,6 +32,7 @@ from awqc.packed import PackedModule
 from awqc.pipeline import Pipeline
 from awqc.preparation import left_out, prepare
 from awqc.quantized import packed_bytes
+from awqc.ranks import current
 from awqc.report import LinearRow, Report
 from awqc.scales import FoldedScales
 from awqc.source import ModelSource, named_tensors, open_source
@@ -75,7 +76,10 @@ class Job:
     def run(self, pipeline: Pipeline, flags: Flags | None) -> None:
         """Run the passes; linears that no graph holds get a row too."""
         pipeline.run(self.graph, self.context, flags)
-        _keep(self.source, self.context.report, self.kept)
+        report = self.context.report
+        if self.context.ranks.count > 1:
+            report.processes = self.context.ranks.agree("", sum(report.seconds.values()))
+        _keep(self.source, report, self.kept)
 
     def record(self) -> SearchRecord:
         """What the search has decided; reads all source weights."""
@@ -124,6 +128,7 @@ def start(
         _tokens(source, calibration, config, progress), source.module
     )
     report = _report(config, inputs, source)
+    current().agree("calibration data or options", [inputs.sha256, report.config])
     opened = None if journal is None else journal(source, inputs, report)
     read = time.perf_counter()
     prepared = prepare(source, inputs.batches, device, report, root)

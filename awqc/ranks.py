@@ -127,8 +127,8 @@ class Ranks:
             dist.all_gather_object(found, value)
         if what and any(other != found[0] for other in found):
             raise ConfigError(
-                f"the {self.count} processes of this job differ in {what}: start all with the same command, on "
-                "the same files"
+                f"the {self.count} processes of this job differ in {what}: start all with the same command, "
+                "on the same files"
             )
         return found
 

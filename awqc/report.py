@@ -105,6 +105,7 @@ class Report:
         coverage: share of the parameters to be quantized whose linear is in a scale group.
         proof: largest relative error of the random-scale proof in float64, and the groups it covered.
         seconds: wall time by pass, in the order they ran.
+        processes: seconds that each process of a job spent; empty where there was one.
         notes: (where, what) of everything that was skipped, refused or approximated.
         sizes: bytes of the linears' weights before (at 16 bits) and after, the same of the whole model, and
             what the packed linears occupy in memory on their backends.
@@ -118,6 +119,7 @@ class Report:
     coverage: float = 0.0
     proof: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    processes: list[float] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
     sizes: dict[str, int] = field(default_factory=dict)
 

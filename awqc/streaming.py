@@ -24,9 +24,10 @@ from awqc.errors import CheckpointError, ConfigError
 from awqc.experts import QuantExperts
 from awqc.flags import Flags
 from awqc.job import SEQ_LEN, Calibration, Job, account, check_pipeline, start
-from awqc.journal import Identity, Journal, SourceDigest, journal_path
+from awqc.journal import Follower, Identity, Journal, SourceDigest, journal_path
 from awqc.lowered import LoweredExperts, LoweredLinears
 from awqc.pipeline import Pipeline
+from awqc.ranks import current
 from awqc.report import Report
 from awqc.runtime import QuantLinear
 from awqc.saving import Result, lowered_part, write
@@ -99,16 +100,27 @@ def compile_to(
     calibration = Calibration(calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column)
     chosen = config or QuantConfig()
     opened: list[Journal] = []
+    ranks = current()
 
     def journal(source: ModelSource, inputs: CalibrationInputs, report: Report) -> Journal:
         identity = Identity.of(chosen, pipeline, flags.skip, inputs.sha256, root or "", torch.device(device))
-        opened.append(Journal(journal_path(target), identity, SourceDigest(source), report, resume))
+        directory = journal_path(target)
+        ranks.agree("what they compile", dict(identity))
+        if ranks.first:
+            opened.append(Journal(directory, identity, SourceDigest(source), report, resume))
+        ranks.agree("", None)  # the first process has opened it, or cleared it
+        if not ranks.first:
+            opened.append(Follower(directory, identity, report))
         return opened[0]
 
     try:
         job = start(model, calibration, chosen, root, device, progress, journal)
         job.run(pipeline, flags)
-        written = _write(job, target, format, overwrite)
+        if ranks.first:
+            written = _write(job, target, format, overwrite)
+        else:
+            written = CompiledCheckpoint(target, format, job.context.report)
+        ranks.agree("", None)  # what is written is there for all
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(_left(opened)) from error
     finally:

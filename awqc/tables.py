@@ -102,7 +102,9 @@ def _summary(report: Report) -> Iterable[tuple[str, str]]:
         yield "linears' weights", f"{size(s['linears_before'])} in 16 bits -> {size(s['linears_after'])}"
         yield "model", f"{size(s['model_before'])} in 16 bits -> {size(s['model_after'])}"
     if report.seconds:
-        yield "time", f"{sum(report.seconds.values()):.1f} s"
+        spent = [f"{each:.1f}" for each in report.processes]
+        processes = f", {len(spent)} processes {', '.join(spent)} s" if spent else ""
+        yield "time", f"{sum(report.seconds.values()):.1f} s{processes}"
 
 
 def linears(report: Report, full: bool = False) -> Table | None:

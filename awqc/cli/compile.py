@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -167,13 +168,15 @@ def compile(
     debug: Debug = False,
 ) -> None:
     """Quantize MODEL and write a checkpoint that transformers, vLLM and awqc load."""
-    with Bars("reading the model") as bars:
+    with Bars("reading the model") as bars, ExitStack() as processes:
         from awqc.checkpoints import check_input_scales, check_output
         from awqc.cli.models import check_device, quiet
         from awqc.cli.passes import edit
         from awqc.cli.storable import Storable
         from awqc.config import QuantConfig
+        from awqc.context import Silent
         from awqc.pipeline import Pipeline
+        from awqc.ranks import current, job
         from awqc.streaming import compile_to
 
         quiet()
@@ -205,6 +208,8 @@ def compile(
             replace or (),
             without or (),
         )
+        place = processes.enter_context(job(check_device(device)))
+        first = current().first
         compiled = compile_to(
             model,
             out,
@@ -219,9 +224,11 @@ def compile(
             max_calib_seq_len=max_calib_seq_len,
             split=split,
             column=column,
-            device=check_device(device),
-            progress=bars,
+            device=place,
+            progress=bars if first else Silent(),
         )
+    if not first:  # what there is to say is said once
+        return
     path = compiled.path
     if json:
         print_json({"path": str(path), "format": format, "report": compiled.report.as_dict()})

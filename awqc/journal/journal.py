@@ -27,6 +27,7 @@ from awqc.groups import ScaleGroups
 from awqc.journal.entry import Entry, drop_entries, read_entry, read_sealed, write_entry, write_sealed
 from awqc.journal.identity import Identity, SourceDigest
 from awqc.journal.store import JournalStore, moved
+from awqc.ranks import current
 from awqc.report import Report, group_row, linear_row
 from awqc.scales import FoldedScales
 from awqc.stages import Stage
@@ -69,10 +70,15 @@ class Journal:
     """
 
     def __init__(
-        self, directory: Path, identity: Identity, weights: SourceDigest, report: Report, resume: bool = True
+        self,
+        directory: Path,
+        identity: Identity,
+        weights: SourceDigest | None,
+        report: Report,
+        resume: bool = True,
     ) -> None:
         self.directory, self.identity, self._weights = directory, identity, weights
-        self._report = report
+        self._report, self.ranks = report, current()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._writing: Future[Entry] | None = None
         self._weights_known = False
@@ -247,6 +253,7 @@ class Journal:
             return self._clear()
         self._refuse(self.identity.changes(before))
         if known is not None:
+            assert self._weights is not None
             found = self._weights.result()
             self._refuse([f"{n} has other content" for n in found if found[n] != known.get(n)])
             self._refuse([f"{n} is gone" for n in known if n not in found])
@@ -276,6 +283,7 @@ class Journal:
 
     def _check_weights(self) -> None:
         if not self._weights_known:
+            assert self._weights is not None
             write_sealed(self.directory / _WEIGHTS, {"weights": self._weights.result()})
             self._weights_known = True
 
@@ -287,6 +295,7 @@ class Journal:
         if self._writing is not None:
             entry = self._writing.result()
             self._writing = None
+            self.ranks.agree("", None)  # other processes read it now
             self._opened().add(entry)
 
     def _remember(self) -> None:
