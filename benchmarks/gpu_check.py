@@ -84,6 +84,8 @@ def quick() -> list[Part]:
         *shapes("exllama", 500, 2, 60),
         *shapes("triton", 400, 3, 60),
         *shapes("experts", 200, 2, 60),
+        tests("extension", 60, "tests/kernels/test_extension.py"),
+        Part("host-time", ("benchmarks/host_time.py",), 40, alone=True),
         Part(
             "times",
             (

@@ -13,8 +13,8 @@ import ctypes
 import functools
 import re
 import struct
-from collections.abc import Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,17 +45,24 @@ class _Attribute(ctypes.Structure):
     _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
 
 
-class _Config(ctypes.Structure):
-    """``CUlaunchConfig``."""
+#: ``CUlaunchConfig``: grid, block, shared memory, stream, attributes and their number.
+_CONFIG = struct.Struct("@7IPPI")
 
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("count", ctypes.c_uint),
-    ]
+
+class _Buffers(threading.local):
+    """Where one thread puts together the launches of a kernel: the driver copies from there.
+
+    Args:
+        size: bytes of all parameters.
+        offsets: of each.
+    """
+
+    def __init__(self, size: int, offsets: Sequence[int]) -> None:
+        self.values = ctypes.create_string_buffer(max(size, 1))
+        start = ctypes.addressof(self.values)
+        self.pointers = (ctypes.c_void_p * len(offsets))(*[start + offset for offset in offsets])
+        self.config = ctypes.create_string_buffer(_CONFIG.size + 4)
+        self.addresses = (ctypes.addressof(self.config), ctypes.addressof(self.pointers))
 
 
 @functools.cache
@@ -69,6 +76,19 @@ def driver() -> ctypes.CDLL:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise LaunchError(f"no CUDA driver: {error}") from error
+
+
+@functools.cache
+def launcher() -> Callable[[int, int, int, None], int]:
+    """``cuLaunchKernelEx`` on addresses."""
+    launch = driver()["cuLaunchKernelEx"]
+    launch.argtypes = [ctypes.c_void_p] * 4
+    return launch
+
+
+def current_stream(device: int) -> int:
+    """The handle of torch's current stream on a device, without an object around it."""
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 def parameter_offsets(params: str) -> list[int]:
@@ -106,26 +126,28 @@ class CudaKernel:
     ) -> None:
         self._device = device
         self._format = struct.Struct(f"@{params}")
-        self._offsets = parameter_offsets(params)
-        self._values = ctypes.c_char * self._format.size
-        self._pointers = ctypes.c_void_p * len(self._offsets)
-        self._shared = shared
-        self._launch = driver().cuLaunchKernelEx
+        self._buffers = _Buffers(self._format.size, parameter_offsets(params))
+        #: Dynamic shared memory of a launch, in bytes.
+        self.shared = shared
+        self._launch = launcher()
         attributes = [_Attribute(_CLUSTER, 0, (cluster, 1, 1))] if cluster > 1 else []
         if dependent:
             attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
         self._attributes = (_Attribute * len(attributes))(*attributes)
+        self._fixed = (ctypes.addressof(self._attributes), len(attributes))
         with torch.cuda.device(device):
             torch.empty(1, device="cuda")  # so that the device has a context, and it is current
-            module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
             _check(driver().cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
-            found = driver().cuModuleGetFunction(ctypes.byref(self._function), module, entry.encode())
+            found = driver().cuModuleGetFunction(ctypes.byref(function), module, entry.encode())
             _check(found, f"cuModuleGetFunction({entry!r})")
             if shared > 48 * 1024:
                 raised = driver().cuFuncSetAttribute(
-                    self._function, ctypes.c_int(_FUNCTION_SHARED_BYTES), ctypes.c_int(shared)
+                    function, ctypes.c_int(_FUNCTION_SHARED_BYTES), ctypes.c_int(shared)
                 )
                 _check(raised, f"{shared} bytes of shared memory for {entry!r}")
+        #: The driver's handle of the function.
+        self.handle: int = function.value or 0
 
     def launch(self, grid: Sequence[int], block: Sequence[int], args: Sequence[int | float | bytes]) -> None:
         """Launch on the current stream of the kernel's device.
@@ -137,20 +159,16 @@ class CudaKernel:
         Raises:
             LaunchError: if the driver refuses.
         """
-        values = self._values.from_buffer_copy(self._format.pack(*args))
-        start = ctypes.addressof(values)
-        pointers = self._pointers(*[start + offset for offset in self._offsets])
-        config = _Config(
-            (*grid, 1, 1)[:3],
-            (*block, 1, 1)[:3],
-            self._shared,
-            torch.cuda.current_stream(self._device).cuda_stream,
-            ctypes.addressof(self._attributes),
-            len(self._attributes),
-        )
-        current = torch.cuda.current_device() == self._device
-        with nullcontext() if current else torch.cuda.device(self._device):
-            status = self._launch(ctypes.byref(config), self._function, pointers, None)
+        buffers, device = self._buffers, self._device
+        self._format.pack_into(buffers.values, 0, *args)
+        sizes = (*grid, 1, 1)[:3] + (*block, 1, 1)[:3]
+        _CONFIG.pack_into(buffers.config, 0, *sizes, self.shared, current_stream(device), *self._fixed)
+        config, pointers = buffers.addresses
+        if torch.cuda.current_device() == device:
+            status = self._launch(config, self.handle, pointers, None)
+        else:
+            with torch.cuda.device(device):
+                status = self._launch(config, self.handle, pointers, None)
         if status:
             _check(status, f"cuLaunchKernelEx(grid={tuple(grid)}, block={tuple(block)})")
 

@@ -45,6 +45,10 @@ class FuseLinears(CustomGraphPass):
             graph.eliminate_dead_code()  # what one form has taken in is nothing for the next
         graph.lint()
 
+    def __deepcopy__(self, memo: object) -> FuseLinears:
+        # Who copies its options must find them equal afterwards, or it compiles anew.
+        return self
+
     def uuid(self) -> str:
         """What compiled graphs are kept under on disk: changes with this file."""
         return hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awqc.kernels import marlin_stream
+from awqc.kernels.extension import implement_in_python
 from awqc.kernels.qlinear import LIBRARY
 from awqc.kernels.qlinear_marlin import kernel_inputs, qlinear_marlin, streams
 
@@ -29,16 +30,13 @@ LIBRARY.define(
     "bool bfloat16_scales) -> Tensor[]",
     tags=_TAGS,
 )
-LIBRARY.define(
-    "qlinear_marlin_gated(Tensor x, Tensor gate, Tensor up, int out_features, int group, "
-    "bool bfloat16_scales) -> Tensor",
-    tags=_TAGS,
+_GATED = "(Tensor x, Tensor gate, Tensor up, int out_features, int group, bool bfloat16_scales) -> Tensor"
+_ADD = (
+    "(Tensor x, Tensor packed, Tensor? bias, Tensor residual, int out_features, int group, "
+    "bool bfloat16_scales) -> Tensor"
 )
-LIBRARY.define(
-    "qlinear_marlin_add(Tensor x, Tensor packed, Tensor? bias, Tensor residual, int out_features, int group, "
-    "bool bfloat16_scales) -> Tensor",
-    tags=_TAGS,
-)
+LIBRARY.define(f"qlinear_marlin_gated{_GATED}", tags=_TAGS)
+LIBRARY.define(f"qlinear_marlin_add{_ADD}", tags=_TAGS)
 
 
 def qlinears_marlin(
@@ -101,8 +99,8 @@ def qlinear_marlin_add(
 
 
 LIBRARY.impl("qlinears_marlin", qlinears_marlin, "CUDA")
-LIBRARY.impl("qlinear_marlin_gated", qlinear_marlin_gated, "CUDA")
-LIBRARY.impl("qlinear_marlin_add", qlinear_marlin_add, "CUDA")
+implement_in_python("qlinear_marlin_gated", _GATED, qlinear_marlin_gated)
+implement_in_python("qlinear_marlin_add", _ADD, qlinear_marlin_add)
 
 
 @torch.library.register_fake("awqc::qlinears_marlin", lib=LIBRARY)

@@ -9,12 +9,13 @@ import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awqc.kernels import extension
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
 from awqc.kernels.hardware import Hardware, hardware
@@ -141,8 +142,7 @@ def has_bulk_copies(device: torch.device) -> bool:
     return hardware(device).has_bulk_copies
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What decides the launch of ``marlin_small.cu``.
 
     Args:
@@ -212,7 +212,13 @@ def stream(problem: Problem, device: torch.device) -> Stream:
         dependent=hopper,
         **problem.macros(tiling, hopper),
     )
-    return Stream(main, tiling, problem.blocks(tiling), hopper, tiling.split > 1 and not hopper)
+    blocks = problem.blocks(tiling)
+    if hopper and problem.weights == 1 + problem.gated:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        own = (index, problem.dtype == torch.bfloat16, problem.bfloat16_scales, problem.group, problem.gated)
+        key = (*own, problem.rows, problem.columns, problem.tokens)
+        extension.plan(key, main.handle, blocks, 32 * tiling.warps, main.shared, tiling.split)
+    return Stream(main, tiling, blocks, hopper, tiling.split > 1 and not hopper)
 
 
 def _launch_tokens(tokens: int) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels import marlin_pair, marlin_stream, marlin_wide
 from awqc.kernels.cuda_launch import kernel
+from awqc.kernels.extension import implement_in_python
 from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, describes, nbytes
 from awqc.kernels.machine_code import CudaCode
@@ -34,11 +35,10 @@ STREAMED_TOKENS = (64, 16)
 WIDE_TOKENS = 1024
 #: Threads of a block of ``marlin_dequantize.cu``.
 _THREADS = 128
-LIBRARY.define(
-    "qlinear_marlin(Tensor x, Tensor packed, Tensor? bias, int out_features, int group, "
-    "bool bfloat16_scales) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_SCHEMA = (
+    "(Tensor x, Tensor packed, Tensor? bias, int out_features, int group, bool bfloat16_scales) -> Tensor"
 )
+LIBRARY.define(f"qlinear_marlin{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def qlinear_marlin(
@@ -136,7 +136,7 @@ def dequantize(
     return out
 
 
-LIBRARY.impl("qlinear_marlin", qlinear_marlin, "CUDA")
+implement_in_python("qlinear_marlin", _SCHEMA, qlinear_marlin)
 
 
 @torch.library.register_fake("awqc::qlinear_marlin", lib=LIBRARY)

@@ -6,6 +6,7 @@ the compiler is tried.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -162,3 +163,9 @@ def test_biases_are_all_or_none_and_weights_four_at_most() -> None:
     assert run(together, Linear(64, 64), Linear(64, 32, True))["shared"] == 0
     assert run(together, *(Linear(64, 16 * n) for n in range(1, 6)))["shared"] == 1
     assert run(together, *(Linear(64, 16 * n, True) for n in range(1, 7)))["shared"] == 2
+
+
+def test_options_that_were_copied_are_the_same() -> None:
+    """transformers copies them at every generation, and compiles again if they differ."""
+    options = {"post_grad_custom_post_pass": FuseLinears()}
+    assert copy.deepcopy(options) == options

@@ -1,0 +1,63 @@
+"""Host time of an eager call of marlin's op: in Python, and with the compiled extension.
+
+    python benchmarks/host_time.py            # builds the extension into a temporary folder
+
+Microseconds from the call to its return, the median over batches of 200 calls that the device has time to take in
+between; the weight is small, so that the device is never waited for. Without ``--built`` both are measured, each
+in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from awqc.kernels import extension
+
+
+def measure() -> float:
+    """Microseconds a call."""
+    from awqc.kernels.qlinear_marlin import Marlin
+
+    codes = torch.randint(0, 16, (256, 256), dtype=torch.uint8, device="cuda")
+    scales, zeros = torch.rand(256, 2, device="cuda").half(), torch.full((256, 2), 8, device="cuda").byte()
+    tensors, constants = Marlin.pack(codes, scales, zeros, None, 4, 128)
+    operands = (*tensors.values(), *constants)
+    x = torch.randn(1, 256, device="cuda").half()
+    times = []
+    with torch.no_grad():
+        for _ in range(30):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(200):
+                Marlin.op(x, *operands)
+            times.append((time.perf_counter() - began) / 200 * 1e6)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--built", help="the extension to take, or 'none'")
+    options = parser.parse_args()
+    if options.built:
+        file = Path("/nonexistent") if options.built == "none" else Path(options.built)
+        extension.loaded.__wrapped__.__defaults__ = (file,)  # type: ignore[attr-defined]
+        return print(f"{measure():.1f}")
+    with tempfile.TemporaryDirectory() as folder:
+        built = extension.build(Path(folder) / "launch.so")
+        found = {}
+        for name, file in (("python", "none"), ("extension", str(built))):
+            command = [sys.executable, __file__, "--built", file]
+            found[name] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    print("host microseconds of an eager call: " + ", ".join(f"{name} {us}" for name, us in found.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
