@@ -4,7 +4,8 @@
 
 ``launch_marlin.cpp`` launches what Python has compiled and planned; device code is the same. It links to
 PyTorch's stable ABI alone, so one build serves torch 2.11 and later, and needs no CUDA toolkit. Where the
-library lies beside this file it is taken, unless ``AWQC_EXTENSION=0``; else the ops run in Python.
+library lies beside this file it is taken; ``AWQC_EXTENSION`` names another, or is 0 for none. Without one the
+ops run in Python.
 """
 
 from __future__ import annotations
@@ -62,11 +63,10 @@ def build(out: Path = LIBRARY_FILE, device: str = "CUDA") -> Path:
 
 
 @functools.cache
-def loaded(file: Path = LIBRARY_FILE) -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The extension, its ops registered, if it is there and wanted."""
-    if os.environ.get("AWQC_EXTENSION") == "0" or not file.exists():
-        return None
-    return ctypes.CDLL(str(file))
+    file = Path(os.environ.get("AWQC_EXTENSION") or LIBRARY_FILE)
+    return ctypes.CDLL(str(file)) if file.is_file() else None
 
 
 def implement_in_python(op: str, schema: str, function: Callable[..., Tensor]) -> None:
