@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from awqc.errors import ConfigError, RankError
 
@@ -69,30 +69,31 @@ class Ranks:
         """
         if self.count == 1:
             return [work(item) for item in items]
-        made = [tree_flatten(work(item)) for item in self.mine(items)]
-        leaves = [[_described(leaf) for leaf in found] for found, _ in made]
+        made = [work(item) for item in self.mine(items)]
         every: list[Any] = [None] * self.count
         with _together():
-            dist.all_gather_object(every, list(zip(leaves, [spec for _, spec in made], strict=True)))
-            results = []
-            for number in range(len(items)):
-                owner, place = number % self.count, number // self.count
-                described, spec = every[owner][place]
-                values = [
-                    self._shared(leaf, made[place][0][i] if owner == self.rank else None, owner, device)
-                    for i, leaf in enumerate(described)
-                ]
-                results.append(tree_unflatten(values, spec))
-        return results
+            dist.all_gather_object(every, [tree_map(_described, result) for result in made])
+            return [
+                self._shared(every[n % self.count][n // self.count], made, n, device)
+                for n in range(len(items))
+            ]
 
-    def _shared(self, described: Any, value: Any, owner: int, device: torch.device) -> Any:
-        if not isinstance(described, _Described):
-            return described
-        if owner != self.rank:
-            value = torch.empty(described.shape, dtype=described.dtype, device=device)
-        value = value.contiguous()
-        dist.broadcast(value, owner)
-        return value
+    def _shared(self, described: Any, made: list[R], number: int, device: torch.device) -> R:
+        """The result of item ``number``, its tensors from the process that has made them."""
+        owner = number % self.count
+        own = iter(tree_leaves(made[number // self.count]) if owner == self.rank else ())
+
+        def received(leaf: Any) -> Any:
+            value = next(own, None)
+            if not isinstance(leaf, _Described):
+                return leaf
+            there = value if value is not None else torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+            there = there.contiguous()
+            dist.broadcast(there, owner)
+            return there
+
+        result: R = tree_map(received, described)
+        return result
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """``tensor`` of every process, in order; of one shape but for the first dimension."""

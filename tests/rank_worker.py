@@ -1,4 +1,4 @@
-"""What the processes of ``test_ranks.py`` do; started by torchrun: ``rank_worker.py TASK FOLDER``."""
+"""What the processes of ``test_ranks.py`` do, started by torchrun: ``tests.rank_worker TASK FOLDER``."""
 
 from __future__ import annotations
 
@@ -42,11 +42,18 @@ class Dying(Pass):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def compiled(name: str, out: Path, pipeline: Pipeline | None = None) -> Any:
+def compiled(name: str, out: Path, pipeline: Pipeline | None = None, device: torch.device = CPU) -> Any:
     """``MODELS[name]`` on an odd number of samples, written to ``out``."""
     ids = mixtures.token_ids(1, SAMPLES, 32)
     return compile_to(
-        MODELS[name](), out, ids, format="awqc", backend="reference", config=CONFIG, pipeline=pipeline
+        MODELS[name](),
+        out,
+        ids,
+        format="awqc",
+        backend="reference",
+        config=CONFIG,
+        pipeline=pipeline,
+        device=device,
     )
 
 
@@ -78,9 +85,12 @@ def _collectives(ranks: Ranks) -> dict[str, Any]:
 
 
 def main(task: str, folder: Path) -> None:
-    with job(CPU) as device:
+    with job(torch.device("cuda") if task == "gpus" else CPU) as device:
         ranks = current()
-        if task == "work":
+        if task == "gpus":
+            for name in MODELS:
+                compiled(name, folder / name, device=device)
+        elif task == "work":
             torch.save(_collectives(ranks), folder / f"collectives-{ranks.rank}.pt")
             for name in MODELS:
                 report = compiled(name, folder / name).report

@@ -126,3 +126,14 @@ def test_ranges_cover_everything_once(size: int, count: int, step: int) -> None:
     assert [i for part in found for i in part] == list(range(size))
     assert len(found) <= count
     assert all(len(part) % step == 0 for part in found[:-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < PROCESSES, reason="needs two CUDA devices")
+def test_two_gpus_give_the_bits_of_one(tmp_path: Path) -> None:
+    result = run("gpus", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name in rank_worker.MODELS:
+        alone = rank_worker.compiled(name, tmp_path / f"{name}-alone", device=torch.device("cuda"))
+        one, two = open_checkpoint(alone.path), open_checkpoint(tmp_path / name)
+        assert all(torch.equal(one.tensors.get(t), two.tensors.get(t)) for t in one.tensors)

@@ -1,0 +1,140 @@
+"""A plan against the compile that it foretells, and how long plans of large models take.
+
+    python benchmarks/plan.py --shapes                          # configs of 8B to 671B, no weights
+    python benchmarks/plan.py MODEL --calib FILE --samples 16   # time and peak memory, foretold and seen
+    python benchmarks/plan.py MODEL --calib FILE --device cuda --max-memory 10GB
+
+Plan and compile run one after the other in fresh interpreters. Memory of the CPU is the peak resident memory
+of the process, that of a GPU what torch has allocated at its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SHAPES = ("llama-3-8b", "llama-3-70b", "mixtral-8x22b", "deepseek-v3")
+
+
+def planned(options: argparse.Namespace) -> dict[str, Any]:
+    """The plan as the command line gives it, and the seconds that it took."""
+    started = time.perf_counter()
+    import awqc
+
+    found = awqc.plan(
+        options.model,
+        max_calib_samples=options.samples,
+        device=options.device,
+        **({"max_memory": options.max_memory} if options.max_memory else {}),
+    )
+    return {**found.as_dict(), "took": time.perf_counter() - started, "report": None}
+
+
+def compiled(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds by pass and in all, and peak memory of a compile onto disk."""
+    import torch
+
+    from awqc.streaming import compile_to
+
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        done = compile_to(
+            options.model,
+            Path(folder) / "out",
+            options.calib,
+            max_calib_samples=options.samples,
+            device=options.device,
+            **({"max_memory": options.max_memory} if options.max_memory else {}),
+        )
+        seconds = time.perf_counter() - started
+    on_gpu = torch.device(options.device).type == "cuda"
+    return {
+        "seconds": done.report.seconds,
+        "total_seconds": seconds,
+        "device": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def apart(task: str, options: argparse.Namespace) -> dict[str, Any]:
+    """``task`` in a process of its own."""
+    command = [sys.executable, __file__, str(options.model), "--task", task, "--device", options.device]
+    command += ["--samples", str(options.samples), "--calib", options.calib or ""]
+    command += ["--max-memory", options.max_memory] if options.max_memory else []
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def compare(options: argparse.Namespace) -> None:
+    """One table: foretold, seen, and their ratio."""
+    plan, seen = apart("plan", options), apart("compile", options)
+    print(f"{options.model}, {options.samples} samples, {options.device}; the plan took {plan['took']:.1f} s")
+    print(f"{'':24}{'plan':>10}{'seen':>10}{'ratio':>8}")
+    for name, spent in plan["seconds"].items():
+        row(name, spent, seen["seconds"].get(name))
+    row("all seconds", plan["total_seconds"], seen["total_seconds"])
+    for place, stated in plan.get("memory", {}).items():
+        actual = seen.get(place)
+        row(f"peak MB, {place}", stated / 1e6, None if actual is None else actual / 1e6)
+
+
+def row(name: str, stated: float, actual: float | None) -> None:
+    """One line of the table."""
+    ratio = f"{stated / actual:8.2f}" if actual else ""
+    print(f"{name:24}{stated:10.2f}" + ("" if actual is None else f"{actual:10.2f}") + ratio)
+
+
+def shapes(options: argparse.Namespace) -> None:
+    """Plans of large models, from configs."""
+    from make_checkpoint import make
+
+    print(f"{'shape':16}{'seconds':>9}{'MB':>8}  {'matrices':>9}{'stages':>8}  plan")
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in SHAPES:
+            options.model = Path(folder) / shape
+            make(shape, options.model, config_only=True)
+            started = time.perf_counter()
+            plan = apart("plan", options)
+            took = time.perf_counter() - started
+            matrices = sum(stage["matrices"] for stage in plan["stages"])
+            memory = ", ".join(f"{place} {size / 1e9:.1f} GB" for place, size in plan["memory"].items())
+            print(
+                f"{shape:16}{took:9.1f}{plan['peak'] / 1e6:8.0f}  {matrices:9,}{len(plan['stages']):8}  "
+                f"{plan['total_seconds'] / 60:.0f} min, {memory}",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--shapes", action="store_true")
+    parser.add_argument("--calib")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--max-memory")
+    parser.add_argument("--task", choices=["plan", "compile"], help="used by the script itself")
+    options = parser.parse_args()
+    if options.task is not None:
+        found = planned(options) if options.task == "plan" else compiled(options)
+        print(json.dumps(found | {"peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    elif options.shapes:
+        shapes(options)
+    elif options.model is None or not options.calib:
+        parser.error("give MODEL and --calib, or --shapes")
+    else:
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()
