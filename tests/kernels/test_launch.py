@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -105,3 +105,20 @@ def test_an_op_that_nothing_is_known_of() -> None:
 def test_bytes_of_a_tensor_count_once() -> None:
     x: Tensor = torch.zeros(3, dtype=torch.float16)
     assert nbytes(x, [x, torch.zeros(2)], None, 4) == 6 + 8
+
+
+@pytest.mark.parametrize("name", GPU_KERNELS)
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (14336, 4096), (1024, 4096)])
+def test_the_choice_is_stable_between_neighbouring_numbers_of_tokens(name: str, n: int, k: int) -> None:
+    """Kernels and how they cut the work change where a tile is full, not with every token."""
+    kernel, at = registry.kernels("qlinear")[name], known()["h200"]
+    with assumed(at):
+        if reason := kernel.legal(n, k, 4, 128, torch.float16, torch.device("cuda")):
+            pytest.skip(reason)
+    chosen = [
+        [(launch.kernel, dict(launch.config)) for launch in described(kernel, at, m, n, k)]
+        for m in range(1, 260)
+    ]
+    changes = {m + 2 for m, (one, other) in enumerate(pairwise(chosen)) if one != other}
+    assert changes <= {2, 3, 5, *range(9, 260, 8)}
+    assert len(changes) <= 8
