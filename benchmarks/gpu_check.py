@@ -3,7 +3,7 @@
     python benchmarks/gpu_check.py --out DIR                  # about 100 s: tests, 2000 shapes, times
     python benchmarks/gpu_check.py --long --out DIR --model DIR   # about 5 minutes: see long() below
 
-Checks of correctness run side by side, times alone afterwards. Every part has a time limit and a log in
+Checks of correctness run side by side, what is timed afterwards. Every part has a time limit and a log in
 ``--out``; at the end stands a table with the last line of each log, and the failures in full below it.
 """
 
@@ -30,7 +30,7 @@ class Part:
         name: of its log.
         arguments: of the Python interpreter.
         seconds: after which it is stopped.
-        alone: whether it measures time, and so shares the GPU with nobody.
+        stage: parts of stage 0 run side by side, then those of stage 1, then those of stage 2 one by one.
         tool: what the interpreter runs under.
         environment: variables that are set for it.
     """
@@ -38,7 +38,7 @@ class Part:
     name: str
     arguments: tuple[str, ...]
     seconds: float
-    alone: bool = False
+    stage: int = 0
     tool: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -80,12 +80,11 @@ def quick() -> list[Part]:
         tests("backends-marlin", 60, "tests/backends", "-k", "marlin"),
         tests("backends-exllama", 60, "tests/backends", "-k", "exllama"),
         tests("backends-triton", 60, "tests/backends", "-k", "triton"),
-        *shapes("marlin", 900, 3, 60),
-        *shapes("exllama", 500, 2, 60),
-        *shapes("triton", 400, 3, 60),
-        *shapes("experts", 200, 2, 60),
+        *shapes("marlin", 900, 3, 55),
+        *shapes("exllama", 500, 2, 55),
+        *shapes("triton", 400, 3, 55),
+        *shapes("experts", 200, 2, 55),
         tests("extension", 60, "tests/kernels/test_extension.py"),
-        Part("host-time", ("benchmarks/host_time.py",), 40, alone=True),
         Part(
             "times",
             (
@@ -97,7 +96,7 @@ def quick() -> list[Part]:
                 "--summary",
             ),
             45,
-            alone=True,
+            stage=2,
         ),
     ]
 
@@ -132,9 +131,12 @@ def long(model: str | None) -> list[Part]:
     ]
     if model:
         parts.append(Part("text", ("benchmarks/gpu_text.py", model), 120))
-    for backend in ("marlin", "triton", "exllama"):
-        parts.append(Part(f"decode-{backend}", ("benchmarks/gpu_decode.py", backend), 170))
-    parts.append(Part("decode-fused", ("benchmarks/gpu_decode.py", "marlin", "--fuse"), 170))
+    # Compiled side by side, timed one after the other.
+    quiet = (("TORCHINDUCTOR_COMPILE_THREADS", "4"),)
+    for name, *how in (("marlin",), ("triton",), ("exllama",), ("marlin", "--fuse")):
+        command = ("benchmarks/gpu_decode.py", name, *how, "--peers", "4")
+        parts.append(Part(f"decode-{name}{''.join(how)}", command, 240, stage=1, environment=quiet))
+    parts.append(Part("host-time", ("benchmarks/host_time.py",), 60, stage=2))
     return parts
 
 
@@ -183,14 +185,14 @@ class Run:
 
 
 def run(parts: list[Part], folder: Path, workers: int, last: float) -> list[Run]:
-    """Run all parts, ``workers`` at a time, those that measure times one by one at the end."""
+    """Run all parts, stage by stage, ``workers`` at a time."""
     done: list[Run] = []
-    for alone in (False, True):
-        waiting, running = [part for part in parts if part.alone is alone], list[Run]()
+    for stage in range(3):
+        waiting, running = [part for part in parts if part.stage == stage], list[Run]()
         while waiting or running:
             if time.monotonic() > last:
                 waiting.clear()
-            while waiting and len(running) < (1 if alone else workers):
+            while waiting and len(running) < (1 if stage == 2 else workers):
                 running.append(Run(waiting.pop(0), folder))
             ended = [one for one in running if one.poll(last)]
             for one in ended:
@@ -223,7 +225,7 @@ def main() -> int:
         failures = [line for line in one.text() if line.startswith(("FAILED", "E  ", "ERROR"))]
         print("\n".join(line[:300] for line in (failures[:12] or one.text()[-12:])))
     for one in done:
-        if one.part.alone:
+        if one.part.stage == 2:
             print(f"\n--- {one.part.name}")
             print("\n".join(one.text()[-40:]))
     print(f"\n{'part':<20}{'result':<10}{'s':>5}  last line")

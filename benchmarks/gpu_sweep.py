@@ -111,9 +111,9 @@ def tiles(n: int, k: int, m: int) -> list[Candidate]:
     shipped = configs.entry(configs.measured(qlinear_triton.NAME, torch.device("cuda")), m)
     found = {Tile(**shipped): None} if shipped else {}
     block_m = max(8, m)
-    for block_n, warps in ((16, 1), (16, 2), (32, 1), (32, 2), (32, 4), (64, 2), (64, 4), (128, 4)):
-        for stages in (2, 3, 4, 5):
-            for programs in (2, 4, 8, 12):
+    for block_n, warps in ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4)):
+        for stages in (2, 3, 4):
+            for programs in (4, 8, 16):
                 if programs * warps <= 32:
                     found[Tile(block_m, block_n, warps, stages, programs)] = None
     return [Candidate(tile) for tile in found]
@@ -236,7 +236,7 @@ def table(rows: list[dict[str, Any]], kernel: str, m: int) -> Iterator[str]:
     for s in shapes:
         shipped = next(r for r in own if (r["n"], r["k"]) == s and r["ships"])
         yield f"  {s[0]}x{s[1]}: ships {shipped['us']:.2f}, best {best[s][1]:.2f} ({best[s][0]})"
-    common = set.intersection(*(set(t) for t in times.values()))
+    common = set.intersection(*(set(t) for t in times.values())) if times else set()
     if common:
 
         def over(config: str) -> float:
@@ -276,7 +276,7 @@ def main() -> None:
                     rows.append({**entry, "config": str(candidate)})
             del problem
             torch.cuda.empty_cache()
-    if options.out:
+    if options.out and rows:
         with open(options.out, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

@@ -43,23 +43,26 @@ def measure() -> float:
     return statistics.median(times)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="here, with the extension that is there")
     options = parser.parse_args()
     if options.measure:
-        return print(f"{measure():.1f}")
+        print(f"{measure():.1f}")
+        return 0
     with tempfile.TemporaryDirectory() as folder:
         built = extension.build(Path(folder) / "launch.so")
-        found = {}
+        found, failed = {}, 0
         for name, file in (("python", "0"), ("extension", str(built))):
             command, environment = (
                 [sys.executable, __file__, "--measure"],
                 {**os.environ, "AWQC_EXTENSION": file},
             )
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            failed |= done.returncode
             found[name] = done.stdout.strip() or done.stderr.strip().rpartition("\n")[2]
     print("host microseconds of an eager call: " + ", ".join(f"{name} {us}" for name, us in found.items()))
+    return failed
 
 
 if __name__ == "__main__":
