@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from awqc.backend import Backend
 from awqc.compiled import Compilation, CompiledModel, assemble, structural_copy
@@ -15,6 +15,7 @@ from awqc.context import Progress
 from awqc.flags import Flags
 from awqc.job import SEQ_LEN, Calibration, Job, account, check_pipeline, start
 from awqc.lowered import LoweredExperts, LoweredLinears
+from awqc.lowered_graph import LoweredGraph
 from awqc.pipeline import Pipeline
 from awqc.source import ModelSource, named_tensors
 from awqc.weights import Rounded, Weights
@@ -80,12 +81,13 @@ def _finish(job: Job) -> CompiledModel:
 
     module = structural_copy(source.module)
 
-    def lowered_graph() -> fx.GraphModule:
+    def lowered_graph() -> LoweredGraph:
         shared: dict[str, Tensor] = dict(compiled.named_parameters(remove_duplicate=False))
         shared |= dict(compiled.named_buffers(remove_duplicate=False))
         names = [str(n.target) for n in graph.fx.nodes if n.op == "get_attr"]
         # Constants that tracing lifted belong to no module: only the graph has them.
-        return fx.GraphModule({n: shared[n] if n in shared else weights[n] for n in names}, graph.fx)
+        tensors = {n: shared[n] if n in shared else weights[n] for n in names}
+        return LoweredGraph(tensors, graph.fx, [*lowered, *stacks])
 
     compilation = Compilation(source, report, job.record, lowered_graph, job.context.batches[0])
     gone = {f"{name}.{part}" for name in lowered for part in ("weight", "bias")} | set(stacks)

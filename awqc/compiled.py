@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from awqc.checkpoints.record import SearchRecord
 from awqc.errors import CheckpointError
 from awqc.experts import QuantExperts, replace_expert_weights
 from awqc.lowered import LoweredExperts, LoweredLinears
+from awqc.lowered_graph import LoweredGraph
 from awqc.report import Report
 from awqc.runtime import QuantLinear, replace_linears
 from awqc.saving import save
@@ -35,7 +36,7 @@ class Compilation:
     source: ModelSource
     report: Report
     record: Callable[[], SearchRecord] | None
-    lowered: Callable[[], fx.GraphModule]
+    lowered: Callable[[], LoweredGraph]
     sample: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -48,7 +49,8 @@ class CompiledModel(nn.Module):
 
     Attributes:
         report: every decision of the compile.
-        graph: the lowered ``torch.fx.GraphModule``; it shares the model's tensors.
+        graph: the lowered ``torch.fx.GraphModule``, with ``text()``, ``to_networkx()`` and ``to_dot()``; it
+            shares the model's tensors.
     """
 
     _awqc: Compilation
@@ -59,11 +61,11 @@ class CompiledModel(nn.Module):
         return self._awqc.report
 
     @property
-    def graph(self) -> fx.GraphModule:
+    def graph(self) -> LoweredGraph:
         """The lowered graph, with the same tensors as the modules."""
         if "_awqc_graph" not in self.__dict__:
             self.__dict__["_awqc_graph"] = self._awqc.lowered()
-        graph: fx.GraphModule = self.__dict__["_awqc_graph"]
+        graph: LoweredGraph = self.__dict__["_awqc_graph"]
         return graph
 
     def quantized_linears(self) -> dict[str, QuantLinear]:

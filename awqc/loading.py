@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from awqc.backend import Backend
 from awqc.calibration import token_batch
@@ -17,6 +17,7 @@ from awqc.contents import match_contents
 from awqc.disk_names import read_pieces
 from awqc.errors import CheckpointError, ConfigError
 from awqc.lowered import LoweredExperts, LoweredLinears
+from awqc.lowered_graph import LoweredGraph
 from awqc.packing import Packing
 from awqc.placement import Place, compute_places, main_device, on
 from awqc.report import REPORT_FILE, Report
@@ -106,12 +107,12 @@ def load(
         tensors |= {n: t.to(device) for n, t in named_tensors(module) if n not in dense and not t.is_meta}
     source = ModelSource(module, value, path, contents.stored_as, half)
 
-    def graph() -> fx.GraphModule:
+    def graph() -> LoweredGraph:
         if placement.several:
             raise ConfigError("a model on several devices has no one graph: load it without device_map")
         captured = capture(ModelSource(model, lambda n: dict(named_tensors(model))[n]), sample, None, device)
         attributes = {str(n.target): captured.weights[str(n.target)] for n in captured.parameters().values()}
-        return fx.GraphModule(attributes, captured.fx)
+        return LoweredGraph(attributes, captured.fx, [*lowered, *stacks])
 
     model = assemble(module, tensors, lowered, stacks, Compilation(source, report, None, graph, sample))
     placement.dispatch(model)

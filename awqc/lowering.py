@@ -54,19 +54,30 @@ def lower_linear(
     )
     refused: dict[str, str] = {}
     for candidate in _candidates(backend):
-        reason = candidate.refuses(shape)
-        if shape.expert_count is not None and not candidate.runs_experts:
-            reason = "has no op for the experts of a mixture"
+        reason = _reason(candidate, shape)
         if reason is None:
-            packed = candidate.pack(weight.to(device), None if bias is None else bias.to(device), dtype)
+            # Without values a weight is packed where it is: for plans.
+            place = torch.device("meta") if weight.codes.is_meta else device
+            packed = candidate.pack(weight.to(place), None if bias is None else bias.to(place), dtype)
             return Lowered(candidate, packed, shape, refused)
         refused[candidate.name] = reason
-    reasons = "; ".join(f"{name} {reason}" for name, reason in refused.items())
+    refusals = "; ".join(f"{name} {reason}" for name, reason in refused.items())
     shapes = "x".join(map(str, weight.codes.shape))
     raise BackendError(
         f"no backend runs a {shapes} linear of {weight.scheme} weights "
-        f"with {dtype} activations on {device}: {reasons}"
+        f"with {dtype} activations on {device}: {refusals}"
     )
+
+
+def reasons(shape: LinearShape) -> dict[str, str | None]:
+    """Every backend, best first, with the reason why it cannot run ``shape``; None if it can."""
+    return {candidate.name: _reason(candidate, shape) for candidate in _candidates("auto")}
+
+
+def _reason(candidate: Backend, shape: LinearShape) -> str | None:
+    if shape.expert_count is not None and not candidate.runs_experts:
+        return "has no op for the experts of a mixture"
+    return candidate.refuses(shape)
 
 
 def _candidates(backend: str | Backend) -> list[Backend]:

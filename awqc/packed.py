@@ -31,6 +31,8 @@ class PackedModule(nn.Module):
         super().__init__()
         packed = lowered.packed
         self.backend = lowered.backend
+        #: Backends that were preferred, each with the reason why it refused.
+        self.refused = dict(lowered.refused)
         self.scheme = lowered.shape.scheme
         self.in_features = lowered.shape.in_features
         self.out_features = lowered.shape.out_features

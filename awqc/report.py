@@ -30,6 +30,9 @@ class LinearRow:
         nearest_error: relative output error of round-to-nearest on held-out tokens,
             ``tr(E H E^T) / tr(W H W^T)``.
         error: the same of what was stored.
+        steps: the same after each pass that changed it, by the pass's name, nearest rounding first.
+        input: what is known of its input over the search tokens: ``tokens``; of the mean magnitude of each
+            channel the ``median`` and the ``largest``, and the ``channel`` that has it.
         clipped: mean share of each group's range that clipping cut off.
         rounding: how codes were chosen: ``nearest`` or ``compensated``.
         backend: what runs it.
@@ -50,6 +53,8 @@ class LinearRow:
     energy: float | None = None
     nearest_error: float | None = None
     error: float | None = None
+    steps: list[tuple[str, float]] = field(default_factory=list)
+    input: dict[str, float] = field(default_factory=dict)
     clipped: float | None = None
     rounding: str = ""
     backend: str = ""
@@ -76,6 +81,7 @@ class GroupRow:
         applied: whether a scale was folded.
         gain: relative decrease of the held-out loss against the identity scale.
         curve: (family, ratio, search loss relative to identity) over the grid.
+        scale_range: the smallest and the largest scale that was folded.
         tokens, held_out_tokens: what the decision rests on.
     """
 
@@ -88,6 +94,7 @@ class GroupRow:
     applied: bool = False
     gain: float = 0.0
     curve: list[tuple[str, float, float]] = field(default_factory=list)
+    scale_range: tuple[float, float] | None = None
     tokens: int = 0
     held_out_tokens: int = 0
 
@@ -159,9 +166,14 @@ class Report:
 
 def linear_row(values: Mapping[str, Any]) -> LinearRow:
     """A row from its fields in JSON."""
-    return LinearRow(**values)
+    return LinearRow(**{**values, "steps": [tuple(step) for step in values.get("steps", [])]})
 
 
 def group_row(values: Mapping[str, Any]) -> GroupRow:
     """A row from its fields in JSON."""
-    return GroupRow(**{**values, "curve": [tuple(point) for point in values["curve"]]})
+    scales = values.get("scale_range")
+    tuples = {
+        "curve": [tuple(point) for point in values["curve"]],
+        "scale_range": None if scales is None else tuple(scales),
+    }
+    return GroupRow(**{**values, **tuples})

@@ -35,16 +35,19 @@ def _line(node: fx.Node) -> str:
     if node.op == "output":
         (result,) = node.args
         return f"return {_value(result)}"
-    kind = _type(node.meta.get("val"))
+    kind = value_type(node.meta.get("val"))
     if node.op == "placeholder":
         return f"{node.name}: {kind} = input"
     if node.op == "get_attr":
         return f"{node.target}: {kind} = parameter"
     arguments = [_value(a) for a in node.args] + [f"{k}={_value(v)}" for k, v in node.kwargs.items()]
-    return f"{node.name}: {kind} = {_op(node)}({', '.join(arguments)})"
+    return f"{node.name}: {kind} = {node_op(node)}({', '.join(arguments)})"
 
 
-def _op(node: fx.Node) -> str:
+def node_op(node: fx.Node) -> str:
+    """What a node does: ``aten.linear``, or ``input``, ``parameter``, ``output``."""
+    if node.op != "call_function":
+        return {"placeholder": "input", "get_attr": "parameter"}.get(node.op, node.op)
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
@@ -52,11 +55,12 @@ def _op(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _type(value: Any) -> str:
+def value_type(value: Any) -> str:
+    """Dtype and shape of a tensor, ``f32[1, 16, 64]``, or of several."""
     if isinstance(value, Tensor):
         return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, (list, tuple)):
-        return f"({', '.join(_type(v) for v in value)})"
+        return f"({', '.join(value_type(v) for v in value)})"
     return "?"
 
 

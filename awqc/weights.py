@@ -187,7 +187,7 @@ class Weights:
         return value.to(self.device)
 
     def _checked(self, name: str, value: Tensor) -> Tensor:
-        if name in self._finite:
+        if name in self._finite or value.is_meta:
             return value
         # A NaN or Inf anywhere makes the sum non-finite: one pass, and a mask only when in doubt, since
         # sums of finite values can overflow too.

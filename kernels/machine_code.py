@@ -10,6 +10,7 @@ import importlib.util
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,9 +92,10 @@ class TritonCode:
             {(index,): [["tt.divisibility", 16]] for index in self.aligned},
         )
         major, minor = capability
-        return triton.compile(
-            source, target=GPUTarget("cuda", 10 * major + minor, 32), options=dict(self.options)
-        )
+        target = GPUTarget("cuda", 10 * major + minor, 32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of defaults that will change
+            return triton.compile(source, target=target, options=dict(self.options))
 
 
 def disassembler() -> Path:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from awqc.activations import Activations
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.input_statistics import GRAM_BLOCK
+from awqc.input_statistics import GRAM_BLOCK, InputStatistics
 from awqc.loss import GATE_ROWS, output_loss
 from awqc.matrices import matrices
 from awqc.pipeline import Pass
@@ -71,3 +71,18 @@ class Calibrate(Pass):
                     row.energy += float(output_loss(weight, held_out))
                     total += float(output_loss(error, held_out))
                 row.nearest_error = total / (row.energy or 1.0)
+                row.steps = [("nearest", row.nearest_error)]
+                found = statistics[observer.node] if by_expert is None else by_expert.layer
+                row.input = _about(found)
+
+
+def _about(statistics: InputStatistics) -> dict[str, float]:
+    """What the report says of an activation."""
+    magnitude = statistics.mean_abs
+    largest, channel = magnitude.max(0)
+    return {
+        "tokens": statistics.tokens,
+        "median": float(magnitude.median()),
+        "largest": float(largest),
+        "channel": int(channel),
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,16 @@ from awqc.stages import Observer
 from awqc.statistics import Statistics
 from awqc.views import ExpertLinear, Linear
 from awqc.work import Work, matrices_of, quantized_views
+
+
+class _Chosen(NamedTuple):
+    """A grid, the mean share of the range that it cuts off, and the losses of nearest rounding on held-out
+    tokens on the min-max grid and on this one."""
+
+    grid: Grid
+    cut: float
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -64,36 +74,41 @@ class ClipWeights(Pass):
                 if scheme is None:
                     continue
                 chosen = self._grids(graph, observer.node, view, scheme, context.ranks)
-                grids[view.parameter] = together(view, [grid for grid, _ in chosen])
-                context.report.linears[view.parameter].clipped = sum(cut for _, cut in chosen) / len(chosen)
+                grids[view.parameter] = together(view, [one.grid for one in chosen])
+                row = context.report.linears[view.parameter]
+                row.clipped = sum(one.cut for one in chosen) / len(chosen)
+                energy = row.energy or 1.0
+                row.steps += [
+                    ("fold-scales", sum(one.before for one in chosen) / energy),
+                    (self.name, sum(one.after for one in chosen) / energy),
+                ]
         graph.facts[Grids] = grids
 
     def _grids(
         self, graph: Graph, node: fx.Node, view: Linear | ExpertLinear, scheme: Scheme, ranks: Ranks
-    ) -> list[tuple[Grid, float]]:
-        """The grid of each matrix of ``view``, and the mean share of its range that is cut off. Experts are
-        divided among processes, a linear's rows are."""
+    ) -> list[_Chosen]:
+        """The grid of each matrix of ``view``. Experts are divided among processes, a linear's rows are."""
         device = graph.weights.device
 
-        def of(matrix: Matrix, ranks: Ranks) -> tuple[Grid, float]:
+        def of(matrix: Matrix, ranks: Ranks) -> _Chosen:
             statistics = graph.facts[Statistics].of(node, matrix)
             return self._grid(matrix.weight(graph.weights), scheme, statistics, ranks)
 
-        def tensors(matrix: Matrix) -> tuple[Tensor, Tensor, float]:
-            grid, cut = of(matrix, Ranks())
-            return grid.scales, grid.zeros, cut
+        def tensors(matrix: Matrix) -> tuple[Tensor, Tensor, float, float, float]:
+            grid, *numbers = of(matrix, Ranks())
+            return grid.scales, grid.zeros, *numbers
 
         if isinstance(view, Linear):
             return [of(matrix, ranks) for matrix in matrices(view)]
         return [
-            (Grid(scales, zeros, scheme, view.in_features), cut)
-            for scales, zeros, cut in ranks.map(tensors, matrices(view), device)
+            _Chosen(Grid(scales, zeros, scheme, view.in_features), *numbers)
+            for scales, zeros, *numbers in ranks.map(tensors, matrices(view), device)
         ]
 
     def _grid(
         self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, ranks: Ranks
-    ) -> tuple[Grid, float]:
-        """The grid of ``weight`` ``(N, K)`` and the mean share of its range that is cut off."""
+    ) -> _Chosen:
+        """The grid of ``weight`` ``(N, K)``."""
         blocks = gram_blocks(statistics.gram, scheme.group(weight.shape[1]))
 
         def clipped_rows(part: range) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,4 +123,6 @@ class ClipWeights(Pass):
             float(output_loss(grid.sample(GATE_ROWS).nearest(rows) - rows, statistics.held_out))
             for grid in (full, clipped)
         )
-        return (clipped, float(1 - share.mean())) if after < before else (full, 0.0)
+        if after < before:
+            return _Chosen(clipped, float(1 - share.mean()), before, after)
+        return _Chosen(full, 0.0, before, before)

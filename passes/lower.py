@@ -37,6 +37,7 @@ class Lower(Pass):
         backend: a name, ``"auto"``, or a backend object with its options.
         pack: False where the result goes to disk: of every shape one linear is packed, to know what will run
             it and what that needs; the lowered graph then names tensors without values.
+        device: where linears will run; where the weights are unless given.
     """
 
     name: ClassVar[str] = "lower"
@@ -47,6 +48,7 @@ class Lower(Pass):
 
     backend: str | Backend = "auto"
     pack: bool = True
+    device: torch.device | None = None
 
     def run(self, graph: Graph, context: Context) -> None:
         linears, stacks = LoweredLinears(), LoweredExperts()
@@ -109,7 +111,8 @@ class Lower(Pass):
         assert scheme is not None
         *count, n, k = view.codes_shape
         dtype = view.node.meta["val"].dtype
-        return LinearShape(n, k, scheme, dtype, graph.weights.device, count[0] if count else None)
+        device = self.device or graph.weights.device
+        return LinearShape(n, k, scheme, dtype, device, count[0] if count else None)
 
     def _rewire(self, graph: Graph, view: QLinear | QExperts, linear: PackedModule) -> None:
         there, node = graph.parameters(), view.node

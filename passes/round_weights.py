@@ -155,6 +155,7 @@ class RoundWeights(Pass):
             how = [one.rounding for one in each]
             row.rounding = how[0] if len(set(how)) == 1 else f"{how.count('compensated')} compensated"
             row.error = sum(one.error for one in each) / (row.energy or 1.0)
+            row.steps.append((self.name, row.error))
             weight = stack([one.weight for one in each]) if isinstance(view, ExpertLinear) else each[0].weight
             graph.weights[view.parameter] = Rounded(weight, view.transposed)
 

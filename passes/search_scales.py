@@ -129,6 +129,8 @@ class SearchScales(Pass):
                 for outcome in found:
                     chosen[outcome.channels] = outcome.scales
                 scales[group.name] = chosen
+                row = context.report.groups[group.name]
+                row.scale_range = float(chosen.min()), float(chosen.max())
         graph.facts[Scales] = scales
 
     def _outcomes(self, graph: Graph, ranks: Ranks, found: list[Part]) -> list[_Outcome]:

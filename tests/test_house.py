@@ -136,6 +136,8 @@ def may_import(source: str, name: str) -> bool:
         above = ("awqc.kernels", "awqc.backends", "awqc.api", "awqc.driver", "awqc.cli")
         canonical = ("awqc.kernels.qlinear", "awqc.kernels.qexperts")
         return name in canonical or not within(name, *above)
+    if source.startswith("awqc/inspection/") and within(name, "awqc.kernels"):
+        return True  # it is about them
     return source == "awqc/driver.py" or not within(name, *(f"awqc.{linked}" for linked in LINKED))
 
 

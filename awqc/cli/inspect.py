@@ -1,214 +1,182 @@
-"""``awqc inspect``: scale groups, graph, one pass's rewrite, or the report of a checkpoint."""
+"""``awqc inspect``: what the compiler made of a model, or would make of it."""
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from awqc.cli.options import Debug, Full, Json, Model
-from awqc.cli.output import Bars, print_json, stdout
-from awqc.errors import CheckpointError, ConfigError
+from awqc.cli.options import Backend, Debug, Device, Full, Json, Model
+from awqc.errors import ConfigError
 
 if TYPE_CHECKING:
-    from awqc.analysis import Analysis
-    from awqc.pipeline import Pipeline
+    from awqc.inspection.subject import Subject
 
-_COLOURS = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CYAN}
-#: Length of the input that graphs are captured with.
-_TOKENS = 16
+#: Tokens of the input that a graph is shown with, and with which kernels are: one is a step of decoding.
+_GRAPH_TOKENS, _KERNEL_TOKENS = 16, 1
+
+
+def _view(name: str, help: str) -> Any:
+    return typer.Option(name, help=help, show_default=False)
+
+
+def _named(name: str, metavar: str, help: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=help, show_default=False)
 
 
 def inspect(
     model: Model,
+    graph: Annotated[
+        bool,
+        _view("--graph", "The lowered graph with groups, kernels and refusals; shown by default."),
+    ] = False,
+    after: Annotated[
+        str | None, _named("--after", "PASS", "The graph as a pass leaves it; 'captured' is before all.")
+    ] = None,
+    change: Annotated[str | None, _named("--change", "PASS", "What a pass does to the graph.")] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        _named("--diff", "PASS PASS", "From one pass to another."),
+    ] = None,
+    linear: Annotated[
+        str | None,
+        _named("--linear", "NAME", "A linear's statistics, scale, clip, rounding, backend."),
+    ] = None,
+    kernels: Annotated[
+        bool, _view("--kernels", "Each node's kernel, launch, bytes and floor, and where the time goes.")
+    ] = False,
+    measure: Annotated[bool, _view("--measure", "With --kernels: time every node here, too.")] = False,
+    ptx: Annotated[str | None, _named("--ptx", "NODE", "PTX of the kernels of a node or linear.")] = None,
+    sass: Annotated[str | None, _named("--sass", "NODE", "Their machine code.")] = None,
+    plot: Annotated[
+        Path | None,
+        _named("--plot", "DIR", "Write PNGs: loss over ratio, error by layer, bandwidth by shape."),
+    ] = None,
+    report: Annotated[
+        bool, _view("--report", "Every decision of the compile that made a checkpoint.")
+    ] = False,
     groups: Annotated[
-        bool, typer.Option("--groups", help="Who can absorb whose input scale; from config.json alone.")
+        bool, _view("--groups", "Who can absorb whose input scale; from config.json alone.")
     ] = False,
     capture: Annotated[
-        bool, typer.Option("--capture", help="How the graph is obtained, and what failed before; no weights.")
+        bool, _view("--capture", "How the graph is obtained, and what failed before; no weights.")
     ] = False,
-    report: Annotated[
-        bool, typer.Option("--report", help="Every decision of the compile that made a checkpoint.")
-    ] = False,
-    graph: Annotated[
-        bool, typer.Option("--graph", help="The graph; of a quantized checkpoint, the lowered one.")
-    ] = False,
-    diff: Annotated[
-        str | None,
-        typer.Option("--diff", metavar="PASS", help="What a pass does to the graph.", show_default=False),
+    on: Annotated[
+        str | None, _named("--on", "GPU", "Plan for a GPU that need not be here: h200, a100, rtx_4090, ...")
+    ] = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            show_default=False,
+            help="Of the input; 16 unless given, and 1, a step of decoding, for kernels.",
+        ),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Of a float model's plan.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Of a float model's plan.")] = 128,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", show_default=False, help="For --ptx and --sass."),
     ] = None,
     full: Full = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Look into a model or a checkpoint; the report if there is one, else the scale groups."""
-    from awqc.report import REPORT_FILE
-
-    wanted = {
+    """Look into a checkpoint, or into what a float model would become: of that, config.json is enough."""
+    views = {
+        "graph": graph,
+        "after": after is not None,
+        "change": change is not None,
+        "diff": diff is not None,
+        "linear": linear is not None,
+        "kernels": kernels,
+        "ptx": ptx is not None,
+        "sass": sass is not None,
+        "plot": plot is not None,
+        "report": report,
         "groups": groups,
         "capture": capture,
-        "report": report,
-        "graph": graph,
-        "diff": diff is not None,
     }
-    chosen = [name for name, given in wanted.items() if given]
-    if len(chosen) > 1:
-        raise typer.BadParameter("give one of --groups, --capture, --report, --graph and --diff")
-    what = chosen[0] if chosen else "report" if (model / REPORT_FILE).is_file() else "groups"
+    what = _only(views)
+    _check(model, measure and not kernels, device if on is not None else "cpu")
+
     if what == "report":
-        _show_report(model / REPORT_FILE, full, json)
-    elif what == "groups":
-        _show_groups(model, full, json)
-    elif what == "capture":
-        _show_capture(model, json)
-    else:
-        with Bars("capturing the graph"):
-            text = _graph(model) if diff is None else _diff(model, diff)
-        _show_text(text, what, json)
+        from awqc.cli.views import report as report_view
 
+        report_view.show(model, full, json)
+    elif what in ("groups", "capture"):
+        from awqc.cli.views import analysis
 
-def _show_report(file: Path, full: bool, json: bool) -> None:
-    from awqc import tables
-    from awqc.report import Report
+        analysis.show_groups(model, full, json) if groups else analysis.show_capture(model, json)
+    elif linear is not None:
+        from awqc.cli.views import linear as linear_view
+        from awqc.inspection.plan import find_hardware
 
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file.parent} has no {file.name}: only checkpoints that awqc has written hold one"
-        )
-    try:
-        report = Report.from_json(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged, or of another version of awqc: {error}") from error
-    if json:
-        print_json(report.as_dict())
-    else:
-        stdout().print(tables.tables(report, full))
+        linear_view.show(model, linear, find_hardware(on, device), json)
+    elif what in ("after", "change", "diff"):
+        from awqc.cli.views import passes
+        from awqc.config import QuantConfig
+        from awqc.inspection.plan import find_hardware
 
-
-def _show_groups(model: Path, full: bool, json: bool) -> None:
-    from awqc import tables
-
-    with Bars("capturing the graph"):
-        found = _analyze(model)
-    if json:
-        print_json(_groups_document(found))
-    else:
-        stdout().print(tables.analysis(found, full))
-
-
-def _show_capture(model: Path, json: bool) -> None:
-    """The ladder: what failed, and what was taken."""
-    with Bars("capturing the graph"):
-        found = _analyze(model)
-    report = found.capture
-    if json:
-        print_json({"rung": report.rung, "notes": report.notes, "nodes": len(found.graph.nodes)})
-        return
-    for note in report.notes:
-        typer.secho(f"- {note}", fg=typer.colors.YELLOW)
-    typer.secho(f"captured by {report.rung}: {len(found.graph.nodes)} ops, {len(found.linears)} linears")
-    typer.secho("there are no weights to run: numbers were not compared with eager execution")
-
-
-def _show_text(text: str, what: str, json: bool) -> None:
-    if json:
-        print_json({what: text})
-        return
-    for line in text.splitlines():
-        typer.secho(line, fg=_COLOURS.get(line[:1]) if what == "diff" else None)
-
-
-def _analyze(model: Path) -> Analysis:
-    from awqc.analysis import analyze
-    from awqc.cli.models import quiet
-
-    quiet()
-    return analyze(model)
-
-
-def _ids() -> Any:
-    import torch
-
-    return torch.arange(_TOKENS)[None] % 2
-
-
-def _graph(model: Path) -> str:
-    from awqc.checkpoints import open_checkpoint
-    from awqc.cli.models import quiet
-    from awqc.loading import load
-    from awqc.text import graph_text
-
-    quiet()
-    quantized = any(model.glob("*.safetensors")) and open_checkpoint(model).format is not None
-    return graph_text(load(model).graph.graph) if quantized else _analyze(model).graph.text()
-
-
-def _diff(model: Path, name: str) -> str:
-    """The unified diff of the graph's text that the pass ``name`` makes."""
-    from awqc.cli.models import quiet
-    from awqc.pipeline import Pipeline
-
-    quiet()
-    pipeline = Pipeline.default()
-    there = {current.name: current for current in pipeline}
-    if name not in there:
-        raise ConfigError(f"no pass is called {name!r}: there are {', '.join(there)}")
-    if there[name].scope == "stage":
-        raise ConfigError(f"{name!r} changes weights, not the graph: its effect is in the report")
-    with tempfile.TemporaryDirectory() as folder:
-        upto = pipeline.passes[: pipeline.names().index(name) + 1]
-        if any(current.scope == "stage" for current in upto):
-            _run_with_weights(model, name, Path(folder))
+        config, at = QuantConfig(bits, group_size), find_hardware(on, device)
+        asked = passes.Asked(model, config, backend, at, tokens or _GRAPH_TOKENS)
+        if after is not None:
+            passes.show_after(asked, after, json)
         else:
-            _run_without_weights(model, name, Path(folder), Pipeline(upto))
-        found = (Path(folder) / f"{name}.diff").read_text(encoding="utf-8")
-    return found or f"{name} leaves the nodes of the graph as they are"
+            first, second = diff or (passes.before(str(change)), str(change))
+            passes.show_diff(asked, first, second, json)
+    else:
+        shown = tokens or (_GRAPH_TOKENS if what == "graph" else _KERNEL_TOKENS)
+        subject = _subject(model, backend, device, on, shown, bits, group_size)
+        if what == "kernels":
+            from awqc.cli.views import kernels as kernels_view
+
+            kernels_view.show(subject, shown, measure, full, json)
+        elif plot is not None:
+            from awqc.cli.views import plot as plot_view
+
+            plot_view.show(model, subject, plot, json)
+        elif ptx is not None or sass is not None:
+            from awqc.cli.views import code
+
+            code.show(subject, str(ptx or sass), "ptx" if ptx is not None else "sass", out, json)
+        else:
+            from awqc.cli.views import graph as graph_view
+
+            graph_view.show(subject, full, json)
 
 
-def _run_without_weights(model: Path, name: str, folder: Path, pipeline: Pipeline) -> None:
-    from awqc.calibration import example_inputs
-    from awqc.capture import capture
+def _only(views: dict[str, bool]) -> str:
+    chosen = [name for name, given in views.items() if given]
+    if len(chosen) > 1:
+        names = [f"--{name}" for name in views]
+        raise typer.BadParameter(f"give one of {', '.join(names[:-1])} and {names[-1]}")
+    return chosen[0] if chosen else "graph"
+
+
+def _check(model: Path, measure_alone: bool, device: str) -> None:
+    if measure_alone:
+        raise typer.BadParameter("--measure goes with --kernels")
+    if device != "cpu":
+        raise typer.BadParameter("--on plans for a GPU that need not be here: leave --device out")
+    if not model.is_dir():
+        raise ConfigError(f"{model} is not a directory: give a model directory or a quantized checkpoint")
+
+
+def _subject(
+    model: Path, backend: str, device: str, on: str | None, tokens: int, bits: int, group_size: int
+) -> Subject:
+    from awqc.cli.models import check_device, quiet
+    from awqc.cli.output import Bars
     from awqc.config import QuantConfig
-    from awqc.context import Context
-    from awqc.flags import Flags
-    from awqc.source import from_module, skeleton
+    from awqc.inspection.subject import look_at
 
-    module = skeleton(model)
-    captured = capture(from_module(module), example_inputs(module), None)
-    pipeline.run(captured, Context(QuantConfig()), Flags(dump=frozenset({name}), dump_to=folder, check=False))
-
-
-def _run_with_weights(model: Path, name: str, folder: Path) -> None:
-    """A compile without any search: what is rewritten does not depend on it."""
-    from awqc.api import compile
-    from awqc.flags import Flags
-    from awqc.pipeline import Pipeline
-
-    pipeline = Pipeline.default().remove("search-scales").remove("fold-scales").remove("clip-weights")
-    pipeline = pipeline.with_options("round-weights", method="nearest")
-    flags = Flags(dump=frozenset({name}), dump_to=folder, check=False)
-    compile(model, _ids(), pipeline=pipeline, flags=flags)
-
-
-def _groups_document(found: Analysis) -> dict[str, Any]:
-    return {
-        "groups": [
-            {
-                "name": group.name,
-                "channels": group.channels,
-                "alive": int(group.alive.sum()),
-                "producers": [part.parameter for part in group.producers],
-                "consumers": [part.parameter for part in group.consumers],
-                "linears": list(group.linears),
-                "refused": [str(refusal) for refusal in group.refused],
-            }
-            for group in found.groups
-        ],
-        "linears": {
-            name: {"refused": there} if isinstance(there, str) else {"group": there.name}
-            for name, there in found.linears.items()
-        },
-        "capture": found.capture.rung,
-    }
+    quiet()
+    check_device(device)
+    config = QuantConfig(bits, group_size)
+    with Bars("lowering the graph"):
+        return look_at(model, backend=backend, device=device, gpu=on, tokens=tokens, config=config)

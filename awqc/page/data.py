@@ -60,14 +60,14 @@ def document(report: Report, graphs: Mapping[str, LayerGraph]) -> dict[str, Any]
 
 def stored_bytes(row: LinearRow) -> int:
     """Bytes of the linear's weight as the checkpoint stores it; at 16 bits unless quantized."""
-    scheme = _scheme(row.scheme)
+    scheme = read_scheme(row.scheme)
     if row.decision != "quantized" or scheme is None:
         return 2 * row.parameters
     return (row.expert_count or 1) * packed_bytes(row.out_features, row.in_features, scheme)
 
 
 @functools.cache
-def _scheme(text: str) -> Scheme | None:
+def read_scheme(text: str) -> Scheme | None:
     """The scheme that reads ``text``."""
     found = _SCHEME.fullmatch(text)
     if found is None:

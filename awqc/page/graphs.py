@@ -119,20 +119,27 @@ def _ancestors(nodes: Iterable[fx.Node], within: Mapping[fx.Node, object]) -> se
 
 
 def layer_lines(graph: fx.Graph, layers: Layers) -> dict[str, list[str]]:
-    """The lines of the graph's text by layer.
+    """The lines of the graph's text by layer."""
+    found: dict[str, list[str]] = {}
+    for (_, layer), line in zip(
+        node_layers(graph, layers).items(), graph_text(graph).splitlines(), strict=True
+    ):
+        found.setdefault(layer, []).append(line)
+    return found
+
+
+def node_layers(graph: fx.Graph, layers: Layers) -> dict[fx.Node, str]:
+    """The path of the layer of every node, empty outside of all.
 
     A parameter belongs where its name says. Computation is cut between the last node that reads a parameter
     of one layer and the first that reads one of the next, where fewest values cross: at the block's output.
     """
-    found: dict[str, list[str]] = {}
-    nodes = list(graph.nodes)
-    lines = graph_text(graph).splitlines()
-    computed = [n for n in nodes if n.op == "call_function"]
+    computed = [n for n in graph.nodes if n.op == "call_function"]
     owners = dict(zip(computed, _owners(computed, layers), strict=True))
-    for node, line in zip(nodes, lines, strict=True):
-        layer = layers.place(str(node.target)).layer if node.op == "get_attr" else owners.get(node, "")
-        found.setdefault(layer, []).append(line)
-    return found
+    return {
+        node: layers.place(str(node.target)).layer if node.op == "get_attr" else owners.get(node, "")
+        for node in graph.nodes
+    }
 
 
 def _owners(nodes: list[fx.Node], layers: Layers) -> list[str]:

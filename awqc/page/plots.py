@@ -1,4 +1,7 @@
-"""The report as PNGs: the loss over the ratio, and the error by layer. Needs matplotlib (``awqc[plot]``)."""
+"""A report as PNGs, the loss over the ratio and the error by layer; a measured graph, the bandwidth by shape.
+
+Needs matplotlib (``awqc[plot]``).
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from awqc.inspection.cost import Cost, Rates
+
 #: Curves in one figure; of more groups, as many evenly spaced ones.
 _CURVES = 12
 _COLOURS = ("#175e8f", "#bf6038", "#5b6169", "#70281d")
 
 
-def write_plots(report: Report, folder: Path) -> list[Path]:
-    """Write every plot that the report has data for, as ``NAME.png``.
+def write_plots(
+    report: Report, folder: Path, costs: Sequence[Cost] = (), rates: Rates | None = None
+) -> list[Path]:
+    """Write every plot that there is data for, as ``NAME.png``.
+
+    Args:
+        report: of a compile; an empty one has nothing to plot.
+        folder: made if it is not there.
+        costs: of the linears of a graph, measured.
+        rates: of the device that they were measured on.
 
     Raises:
-        ConfigError: if matplotlib is not installed, or the report has nothing to plot.
+        ConfigError: if matplotlib is not installed, or there is nothing to plot.
     """
-    figures = {"loss_over_ratio": loss_over_ratio(report), "error_by_layer": error_by_layer(report)}
+    figures = {
+        "loss_over_ratio": loss_over_ratio(report),
+        "error_by_layer": error_by_layer(report),
+        "bandwidth_by_shape": bandwidth_by_shape(costs, rates),
+    }
     there = {name: figure for name, figure in figures.items() if figure is not None}
     if not there:
-        raise ConfigError("the report holds neither search curves nor errors: there is nothing to plot")
+        raise ConfigError("there are neither search curves nor errors nor measured linears to plot")
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in there.items():
         figure.savefig(folder / f"{name}.png", dpi=144)
@@ -114,6 +131,42 @@ def _errors(axes: Axes, kind: str, by_layer: dict[int, list[LinearRow]]) -> None
     _line(axes, order, stored, _COLOURS[1], "as stored")
     axes.set_yscale("log")
     _quiet(axes, kind)
+
+
+def bandwidth_by_shape(costs: Sequence[Cost], rates: Rates | None) -> Figure | None:
+    """Bytes that each shape of linear must move over the time it takes, beside those of a streaming read.
+
+    None if nothing was measured.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+    """
+    by_shape: dict[str, tuple[float, str]] = {}
+    for cost in costs:
+        if cost.seconds:
+            kernels = " + ".join(dict.fromkeys(launch.kernel for launch in cost.launches))
+            by_shape[f"{cost.kind}\n{cost.shapes}"] = (cost.bytes / cost.seconds / 1e9, kernels)
+    if not by_shape:
+        return None
+    order = list(dict.fromkeys(kernel for _, kernel in by_shape.values()))
+    figure = _figure(9, 0.42 * len(by_shape) + 1.4)
+    axes = figure.subplots()
+    for position, (rate, kernel) in enumerate(by_shape.values()):
+        colour = _COLOURS[order.index(kernel) % len(_COLOURS)]
+        axes.barh(position, rate, color=colour, height=0.7, label=kernel)
+    axes.set_yticks(range(len(by_shape)), list(by_shape), fontsize=6)
+    axes.invert_yaxis()
+    if rates is not None:
+        axes.axvline(rates.read / 1e9, color="#1f2328", lw=1, ls="--", label="streaming read")
+    axes.set_xlabel("GB/s of codes, scales, input and result", fontsize=7)
+    handles, labels = axes.get_legend_handles_labels()
+    each = dict(zip(labels, handles, strict=True))
+    figure.legend(
+        each.values(), each.keys(), loc="outside lower center", ncols=len(each), frameon=False, fontsize=7
+    )
+    _quiet(axes, "Bandwidth by shape")
+    axes.tick_params(axis="y", labelsize=6)
+    return figure
 
 
 def _line(axes: Axes, x: Sequence[int], y: Sequence[float | None], colour: str, label: str) -> None:

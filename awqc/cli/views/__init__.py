@@ -1,0 +1,1 @@
+"""What ``awqc inspect`` shows, a file for each view."""

@@ -1,0 +1,51 @@
+"""Codes without values for every linear that a compile would round: for plans, which are made from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from awqc.context import Context
+from awqc.graph import Graph
+from awqc.pipeline import Pass
+from awqc.quantized import QuantizedWeight, Scheme
+from awqc.schemes import Schemes
+from awqc.views import ExpertLinear, Linear, expert_linears, linears
+from awqc.weights import Rounded
+
+
+@dataclass(frozen=True)
+class AssumeRounded(Pass):
+    """Stands where the passes stand that calibrate, search and round.
+
+    Args:
+        schemes: by the name of the linear's module, or of the parameter of experts, where they are known
+            already; the others then stay in float.
+    """
+
+    name: ClassVar[str] = "assume-rounded"
+    requires: ClassVar[tuple[type, ...]] = (Schemes,)
+    output: ClassVar = "lossy"
+
+    schemes: Mapping[str, Scheme] | None = None
+
+    def run(self, graph: Graph, context: Context) -> None:
+        asked = graph.facts[Schemes]
+        views: list[Linear | ExpertLinear] = [*linears(graph)]
+        views += expert_linears(graph)
+        for view in views:
+            name = view.name if isinstance(view, Linear) else view.parameter
+            known = asked.get(view.parameter) if self.schemes is None else self.schemes.get(name)
+            row = context.report.linears[view.parameter]
+            if known is None:
+                continue
+            row.decision, row.reason, row.scheme = "quantized", "", str(known)
+            count = (view.count,) if isinstance(view, ExpertLinear) else ()
+            rows, k = (*count, view.out_features), view.in_features
+            codes = torch.empty(*rows, k, dtype=torch.uint8, device="meta")
+            scales = torch.empty(*rows, known.groups(k), dtype=torch.float16, device="meta")
+            weight = QuantizedWeight(codes, scales, scales.to(torch.uint8), known)
+            graph.weights[view.parameter] = Rounded(weight, view.transposed)
