@@ -62,7 +62,7 @@ def canonical_pipeline() -> Pipeline:
     return Pipeline((Canonicalize(),))
 
 
-def planning_pipeline(
+def outline_pipeline(
     pipeline: Pipeline,
     backend: str | Backend,
     device: torch.device,

@@ -56,7 +56,7 @@ def lower_linear(
     for candidate in _candidates(backend):
         reason = _reason(candidate, shape)
         if reason is None:
-            # Without values a weight is packed where it is: for plans.
+            # Without values a weight is packed where it is: for outlines.
             place = torch.device("meta") if weight.codes.is_meta else device
             packed = candidate.pack(weight.to(place), None if bias is None else bias.to(place), dtype)
             return Lowered(candidate, packed, shape, refused)

@@ -15,7 +15,7 @@ from awqc.page.graphs import layer_graphs
 from awqc.page.layers import Layers
 from awqc.schemes import Schemes
 from awqc.statistics import Statistics
-from awqc.text import diff_text, graph_text
+from awqc.text import diff_text
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ def main(page: Path = Path("see_your_pass.html"), samples: int = 4) -> None:
     pipelines = (usual, usual.insert_before("clip-weights", FinerGroups()))
     text = {"calib": CALIBRATION_TEXT, "max_calib_samples": samples}
     models = [awqc.compile(MODEL_PATH, pipeline=pipeline, **text) for pipeline in pipelines]
-    without, with_it = (model.graph.graph for model in models)
-    print(diff_text(graph_text(without), graph_text(with_it)))
+    print(diff_text(*(model.graph.text() for model in models)))
 
     a, b = (Compiled(page, model.report, None) for model in models)
     for one in compare(a, b).linears:
         print(f"{one.name:45} {one.a.error:.2e} -> {one.b.error:.2e}  {one.a.bytes} -> {one.b.bytes} bytes")
 
     layers = Layers(row.name for row in b.report.linears.values())
-    page.write_text(render(b.report, "With finer groups", graphs=layer_graphs(layers, without, with_it)))
+    graphs = layer_graphs(layers, *(model.graph.graph for model in models))
+    page.write_text(render(b.report, "With finer groups", graphs=graphs))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ _ASSUMED: ContextVar[Hardware | None] = ContextVar("assumed", default=None)
 
 @contextmanager
 def assumed(hardware: Hardware) -> Iterator[None]:
-    """Within the block, devices of the type of ``hardware`` are taken to be that: for plans alone."""
+    """Within the block, devices of the type of ``hardware`` are taken to be that: for outlines alone."""
     token = _ASSUMED.set(hardware)
     try:
         yield

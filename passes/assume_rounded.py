@@ -1,4 +1,4 @@
-"""Codes without values for every linear that a compile would round: for plans, which are made from shapes."""
+"""Codes without values for every linear that a compile would round: for outlines, which have shapes alone."""
 
 from __future__ import annotations
 

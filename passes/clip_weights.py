@@ -95,8 +95,8 @@ class ClipWeights(Pass):
             return self._grid(matrix.weight(graph.weights), scheme, statistics, ranks)
 
         def tensors(matrix: Matrix) -> tuple[Tensor, Tensor, float, float, float]:
-            grid, *numbers = of(matrix, Ranks())
-            return grid.scales, grid.zeros, *numbers
+            found = of(matrix, Ranks())
+            return found.grid.scales, found.grid.zeros, found.cut, found.before, found.after
 
         if isinstance(view, Linear):
             return [of(matrix, ranks) for matrix in matrices(view)]
@@ -105,9 +105,7 @@ class ClipWeights(Pass):
             for scales, zeros, *numbers in ranks.map(tensors, matrices(view), device)
         ]
 
-    def _grid(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, ranks: Ranks
-    ) -> _Chosen:
+    def _grid(self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, ranks: Ranks) -> _Chosen:
         """The grid of ``weight`` ``(N, K)``."""
         blocks = gram_blocks(statistics.gram, scheme.group(weight.shape[1]))
 

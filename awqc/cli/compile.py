@@ -240,7 +240,8 @@ def compile(
     stdout().print(tables.spaced(part for part in parts if part is not None))
     stdout().print(f"\n{path} ({format}, {tables.size(size_on_disk(path))} of tensors)", soft_wrap=True)
     stdout().print(
-        f"next: awqc generate {out} --prompt ...; awqc inspect {out} shows every decision", soft_wrap=True
+        f"next: awqc generate {out} --prompt ...; awqc inspect {out} --report shows every decision",
+        soft_wrap=True,
     )
 
 

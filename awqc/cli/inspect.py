@@ -63,7 +63,8 @@ def inspect(
         bool, _view("--capture", "How the graph is obtained, and what failed before; no weights.")
     ] = False,
     on: Annotated[
-        str | None, _named("--on", "GPU", "Plan for a GPU that need not be here: h200, a100, rtx_4090, ...")
+        str | None,
+        _named("--on", "GPU", "A GPU that need not be here: h200, a100, rtx_4090, ..."),
     ] = None,
     device: Device = "cpu",
     backend: Backend = "auto",
@@ -76,8 +77,8 @@ def inspect(
             help="Of the input; 16 unless given, and 1, a step of decoding, for kernels.",
         ),
     ] = None,
-    bits: Annotated[int, typer.Option(help="Of a float model's plan.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Of a float model's plan.")] = 128,
+    bits: Annotated[int, typer.Option(help="Of a float model that is lowered without values.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Of a float model that is lowered without values.")] = 128,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", show_default=False, help="For --ptx and --sass."),
@@ -114,13 +115,13 @@ def inspect(
         analysis.show_groups(model, full, json) if groups else analysis.show_capture(model, json)
     elif linear is not None:
         from awqc.cli.views import linear as linear_view
-        from awqc.inspection.plan import find_hardware
+        from awqc.inspection.outline import find_hardware
 
         linear_view.show(model, linear, find_hardware(on, device), json)
     elif what in ("after", "change", "diff"):
         from awqc.cli.views import passes
         from awqc.config import QuantConfig
-        from awqc.inspection.plan import find_hardware
+        from awqc.inspection.outline import find_hardware
 
         config, at = QuantConfig(bits, group_size), find_hardware(on, device)
         asked = passes.Asked(model, config, backend, at, tokens or _GRAPH_TOKENS)
@@ -162,7 +163,7 @@ def _check(model: Path, measure_alone: bool, device: str) -> None:
     if measure_alone:
         raise typer.BadParameter("--measure goes with --kernels")
     if device != "cpu":
-        raise typer.BadParameter("--on plans for a GPU that need not be here: leave --device out")
+        raise typer.BadParameter("--on is for a GPU that need not be here: leave --device out")
     if not model.is_dir():
         raise ConfigError(f"{model} is not a directory: give a model directory or a quantized checkpoint")
 

@@ -73,6 +73,7 @@ class Cost:
         layer: path of the layer; empty outside of all.
         stage: the linears that read the same activation, and what follows up to the next, named by them.
         shapes: of the operands that are tensors and of the result.
+        features: ``(N, K)`` of a linear.
         launches: what it runs.
         bytes: that must be moved.
         flops: of products of matrices.
@@ -88,6 +89,7 @@ class Cost:
     layer: str
     stage: str
     shapes: str
+    features: tuple[int, int] | None
     launches: list[Launch]
     bytes: int
     flops: int
@@ -149,6 +151,7 @@ def _cost(subject: Subject, node: fx.Node, layers: Layers, stage: str, rates: Ra
         place.layer if place else "",
         stage,
         _shapes(args, value),
+        (value.shape[-1], args[0].shape[-1]) if weight else None,
         runs,
         least,
         flops,

@@ -188,7 +188,7 @@ def document(found: Iterable[Segment], subject: Subject) -> dict[str, object]:
     """Plain values, for JSON; layers must not be folded."""
     return {
         "hardware": subject.hardware.name,
-        "planned": subject.planned,
+        "outlined": subject.outlined,
         "nodes": [line.as_dict() | {"layer": segment.layer} for segment in found for line in segment.lines],
         "float": dict(in_float(subject)),
         "refused": {

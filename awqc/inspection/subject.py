@@ -1,4 +1,4 @@
-"""A lowered graph with all that is known of it: of a checkpoint that is loaded, or of a plan."""
+"""A lowered graph with all that is known of it: of a checkpoint that is loaded, or of an outline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from awqc.checkpoints import open_checkpoint
 from awqc.config import QuantConfig
 from awqc.context import Context
 from awqc.driver import canonical_pipeline
-from awqc.inspection.plan import Plan, find_hardware, plan
+from awqc.inspection.outline import Outline, find_hardware, outline
 from awqc.kernels.hardware import Hardware
 from awqc.loading import load
 from awqc.lowered_graph import quantized_linear
@@ -31,12 +31,12 @@ class Subject:
 
     Args:
         graph: lowered.
-        tensors: by name of ``get_attr`` nodes; on ``meta`` in a plan.
+        tensors: by name of ``get_attr`` nodes; on ``meta`` in an outline.
         linears: what runs each quantized linear and each stack of experts, by name.
-        report: of the compile, or the decisions of the plan; without linears for a checkpoint of others.
+        report: of the compile, or the decisions of the outline; without linears for a checkpoint of others.
         hardware: what the kernels are for.
         device: where it is, or would be.
-        planned: whether there are no values.
+        outlined: whether there are no values.
     """
 
     graph: fx.Graph
@@ -45,7 +45,7 @@ class Subject:
     report: Report
     hardware: Hardware
     device: torch.device
-    planned: bool
+    outlined: bool
 
     def linear(self, node: fx.Node) -> str | None:
         """The name of the quantized linear that ``node`` is, if it is one."""
@@ -79,31 +79,31 @@ def look_at(
     tokens: int = 16,
     config: QuantConfig | None = None,
 ) -> Subject:
-    """The lowered graph of a quantized checkpoint as it is loaded here, or the plan for a float model.
+    """The lowered graph of a quantized checkpoint as it is loaded here, or the outline of a float model.
 
     Args:
         model: a directory; of a float model, ``config.json`` is enough.
         backend: what linears are lowered to.
         device: where a checkpoint is loaded.
-        gpu: name of a GPU that need not be here; a checkpoint is then planned for it too.
+        gpu: name of a GPU that need not be here; a checkpoint is then outlined for it too.
         tokens: of the input that the graph is captured with.
-        config: of the plan for a float model.
+        config: of the outline of a float model.
 
     Raises:
         AwqcError: if there is no such model, or it cannot be captured or lowered.
     """
     at = find_hardware(gpu, device)
     if not is_quantized(model):
-        return of_plan(plan(model, config, backend=backend, hardware=at, tokens=tokens))
+        return of_outline(outline(model, config, backend=backend, hardware=at, tokens=tokens))
     if gpu is None:
         return _loaded(model, backend, torch.device(device), at, tokens)
     compiled = load(model, "reference")
     schemes = {n: m.scheme for n, m in compiled.named_modules() if isinstance(m, PackedModule)}
-    return of_plan(plan(model, backend=backend, hardware=at, tokens=tokens, schemes=schemes))
+    return of_outline(outline(model, backend=backend, hardware=at, tokens=tokens, schemes=schemes))
 
 
-def of_plan(made: Plan) -> Subject:
-    """A plan as something to look at."""
+def of_outline(made: Outline) -> Subject:
+    """An outline as something to look at."""
     graph = made.graph
     tensors = {name: graph.weights[name] for name in graph.parameters()}
     device = torch.device(made.hardware.type)

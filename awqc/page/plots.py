@@ -141,20 +141,25 @@ def bandwidth_by_shape(costs: Sequence[Cost], rates: Rates | None) -> Figure | N
     Raises:
         ConfigError: if matplotlib is not installed.
     """
-    by_shape: dict[str, tuple[float, str]] = {}
+    by_shape: dict[tuple[str, str], list[Cost]] = {}
     for cost in costs:
-        if cost.seconds:
+        if cost.seconds and cost.features:
             kernels = " + ".join(dict.fromkeys(launch.kernel for launch in cost.launches))
-            by_shape[f"{cost.kind}\n{cost.shapes}"] = (cost.bytes / cost.seconds / 1e9, kernels)
+            by_shape.setdefault(("{} x {}".format(*cost.features), kernels), []).append(cost)
     if not by_shape:
         return None
-    order = list(dict.fromkeys(kernel for _, kernel in by_shape.values()))
+    order = list(dict.fromkeys(kernel for _, kernel in by_shape))
     figure = _figure(9, 0.42 * len(by_shape) + 1.4)
     axes = figure.subplots()
-    for position, (rate, kernel) in enumerate(by_shape.values()):
+    for position, ((_, kernel), alike) in enumerate(by_shape.items()):
+        rate = sum(cost.bytes for cost in alike) / sum(cost.seconds or 0 for cost in alike) / 1e9
         colour = _COLOURS[order.index(kernel) % len(_COLOURS)]
         axes.barh(position, rate, color=colour, height=0.7, label=kernel)
-    axes.set_yticks(range(len(by_shape)), list(by_shape), fontsize=6)
+    names = [
+        f"{shape}\n{', '.join(dict.fromkeys(cost.kind for cost in alike))}"
+        for (shape, _), alike in by_shape.items()
+    ]
+    axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.invert_yaxis()
     if rates is not None:
         axes.axvline(rates.read / 1e9, color="#1f2328", lw=1, ls="--", label="streaming read")

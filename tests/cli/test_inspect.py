@@ -82,7 +82,7 @@ def test_a_damaged_report(tmp_path: Path, invoke: Invoke) -> None:
 
 def test_the_lowered_graph_is_what_is_shown(config_only: Path, checkpoint: Path, invoke: Invoke) -> None:
     """Of a checkpoint as it is loaded, of a float model as it would be, without weights."""
-    for model, what in ((checkpoint, "on cpu"), (config_only, "planned for cpu")):
+    for model, what in ((checkpoint, "on cpu"), (config_only, "without values, for cpu")):
         result = invoke("inspect", model, "--group-size", 32)
         assert result.exit_code == 0, result.stderr
         assert result.stdout == invoke("inspect", model, "--graph", "--group-size", 32).stdout
@@ -259,7 +259,7 @@ def test_plots(checkpoint: Path, invoke: Invoke, tmp_path: Path, monkeypatch: py
     ("options", "message"),
     [
         (("--on", "h300"), "nothing is known of a GPU 'h300': there are "),
-        (("--kernels", "--measure", "--on", "h200"), "--measure: nvidia_h200 is only planned for; "),
+        (("--kernels", "--measure", "--on", "h200"), "--measure: nvidia_h200 is not here; "),
         (("--ptx", "nothing"), "no node and no quantized linear is called 'nothing'"),
         (("--sass", "silu", "--on", "h200"), "'silu' runs aten.silu on nvidia_h200, which is no kernel of "),
         (("--backend", "fast"), "unknown backend 'fast': choose one of auto, "),

@@ -36,6 +36,6 @@ def loaded(checkpoint: Path) -> Subject:
 
 
 @pytest.fixture(scope="session")
-def planned(config_only: Path) -> Subject:
+def outlined(config_only: Path) -> Subject:
     """The model on an H200 that need not be here, one token."""
     return look_at(config_only, gpu="h200", tokens=1, config=awqc.QuantConfig(group_size=32))

@@ -13,8 +13,8 @@ NAME = "model.layers.0.mlp.down_proj"
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
-def test_the_kernel_of_a_linear(planned: Subject) -> None:
-    text = code(planned, NAME, "ptx")
+def test_the_kernel_of_a_linear(outlined: Subject) -> None:
+    text = code(outlined, NAME, "ptx")
     assert text.startswith(f"// marlin_small.cu:small of {NAME}, grid (")
     assert ".target sm_90a" in text
     assert ".entry small(" in text

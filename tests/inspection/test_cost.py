@@ -11,8 +11,8 @@ from torch import nn
 
 import awqc
 from awqc.inspection.cost import Rates, costs, find, like, total
-from awqc.inspection.plan import find_hardware, plan
-from awqc.inspection.subject import Subject, look_at, of_plan
+from awqc.inspection.outline import find_hardware, outline
+from awqc.inspection.subject import Subject, look_at, of_outline
 from awqc.quantized import packed_bytes
 from tests.mixtures import build
 
@@ -33,7 +33,7 @@ def test_a_quantized_linear(loaded: Subject) -> None:
 
 def test_many_tokens_are_bound_by_products(config_only: Path) -> None:
     at, config = find_hardware("h200"), awqc.QuantConfig(group_size=32)
-    subject = of_plan(plan(config_only, config, hardware=at, tokens=512))
+    subject = of_outline(outline(config_only, config, hardware=at, tokens=512))
     rates = Rates(read=1e15, product=1e9, source="made up")
     (cost,) = [one for one in costs(subject, rates) if one.linear == NAME]
     assert cost.floor == pytest.approx(cost.flops / 1e9)
@@ -79,7 +79,7 @@ def test_of_a_mixture_only_the_experts_that_have_rows_count() -> None:
     module, config = build("mixtral", num_local_experts=8), awqc.QuantConfig(group_size=32)
 
     def experts(tokens: int) -> int:
-        found = costs(of_plan(plan(module, config, tokens=tokens)))
+        found = costs(of_outline(outline(module, config, tokens=tokens)))
         return sum(cost.bytes for cost in found if "experts" in cost.kind)
 
     # One token goes to 2 of 8 experts; 16 tokens may go to all of them.
@@ -94,15 +94,15 @@ def test_nodes_are_found_by_their_name_or_their_linear(loaded: Subject) -> None:
     assert like(list(loaded.linears), "layers.0.mlp.down")[0] == NAME
 
 
-def test_as_json(planned: Subject) -> None:
-    found = json.loads(json.dumps([cost.as_dict() for cost in costs(planned, RATES)]))
+def test_as_json(outlined: Subject) -> None:
+    found = json.loads(json.dumps([cost.as_dict() for cost in costs(outlined, RATES)]))
     (cost,) = [one for one in found if one["linear"] == NAME]
     assert cost["launches"][0]["kernel"] == "marlin_small.cu:small"
     assert cost["moved"] == cost["launches"][0]["bytes"]
 
 
 def test_a_checkpoint_on_another_device(checkpoint: Path) -> None:
-    """Its schemes are kept: planned from the checkpoint, not from the defaults."""
+    """Its schemes are kept: outlined from the checkpoint, not from the defaults."""
     subject = look_at(checkpoint, gpu="a100", tokens=1)
     assert {str(module.scheme) for module in subject.linears.values()} == {"W4 g32 asym"}
     assert {module.backend.name for module in subject.linears.values()} == {"marlin"}

@@ -9,7 +9,7 @@ import pytest
 
 from awqc.errors import ConfigError
 from awqc.inspection.history import history
-from awqc.inspection.plan import find_hardware
+from awqc.inspection.outline import find_hardware
 from awqc.page.sources import read_report
 from awqc.report import Report
 

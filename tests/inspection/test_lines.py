@@ -32,11 +32,11 @@ def test_linears_say_group_and_kernel(loaded: Subject) -> None:
 def test_layers_that_differ_in_numbers_alone_are_shown_once() -> None:
     """Those after the first: that one also computes what all of them share."""
     from awqc import QuantConfig
-    from awqc.inspection.plan import plan
-    from awqc.inspection.subject import of_plan
+    from awqc.inspection.outline import outline
+    from awqc.inspection.subject import of_outline
     from tests.models import llama
 
-    subject = of_plan(plan(llama(num_hidden_layers=5), QuantConfig(group_size=32)))
+    subject = of_outline(outline(llama(num_hidden_layers=5), QuantConfig(group_size=32)))
     folded = segments(subject)
     assert sum(len(s.lines) * (1 + len(s.alike)) for s in folded) == len(
         graph_text(subject.graph).splitlines()
@@ -45,10 +45,10 @@ def test_layers_that_differ_in_numbers_alone_are_shown_once() -> None:
     assert folded[2].alike == ["model.layers.2", "model.layers.3", "model.layers.4"]
 
 
-def test_refusals_name_the_reason(loaded: Subject, planned: Subject) -> None:
+def test_refusals_name_the_reason(loaded: Subject, outlined: Subject) -> None:
     reasons = refusals(loaded)["cpu"]
     assert reasons["marlin runs on NVIDIA GPUs, not on cpu"] == list(loaded.linears)
-    assert refusals(planned) == {"marlin": {}}
+    assert refusals(outlined) == {"marlin": {}}
 
 
 def test_linears_in_float(loaded: Subject) -> None:
@@ -56,10 +56,10 @@ def test_linears_in_float(loaded: Subject) -> None:
     assert head[1] == "kept: computes the model's output (quantize_head=True quantizes it)"
 
 
-def test_as_json(planned: Subject) -> None:
-    found = json.loads(json.dumps(document(segments(planned, fold=False), planned)))
-    assert (found["hardware"], found["planned"]) == ("nvidia_h200", True)
+def test_as_json(outlined: Subject) -> None:
+    found = json.loads(json.dumps(document(segments(outlined, fold=False), outlined)))
+    assert (found["hardware"], found["outlined"]) == ("nvidia_h200", True)
     linears = [node["linear"]["linear"] for node in found["nodes"] if "linear" in node]
-    assert sorted(linears) == sorted(planned.linears)
+    assert sorted(linears) == sorted(outlined.linears)
     names = {node["name"] for node in found["nodes"]}
     assert all(operand in names for node in found["nodes"] for operand in node["operands"])

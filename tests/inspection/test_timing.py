@@ -51,17 +51,17 @@ def test_what_cannot_run_says_why(loaded: Subject) -> None:
     assert node.target is torch.ops.aten.silu.default
 
 
-def test_where_rates_come_from(loaded: Subject, planned: Subject) -> None:
+def test_where_rates_come_from(loaded: Subject, outlined: Subject) -> None:
     found = measured_rates(loaded)
     assert found.read > 1e8
     assert found.source.startswith("a streaming read on this cpu device reaches ")
     assert sheet_rates(loaded) is None
-    sheet = sheet_rates(planned)
+    sheet = sheet_rates(outlined)
     assert sheet is not None
     assert sheet.source == "data sheet of nvidia_h200: 4.8 TB/s, 989 dense 16-bit TFLOP/s"
 
 
-def test_what_is_here(loaded: Subject, planned: Subject) -> None:
+def test_what_is_here(loaded: Subject, outlined: Subject) -> None:
     assert is_here(loaded)
     if not torch.cuda.is_available():
-        assert not is_here(planned)
+        assert not is_here(outlined)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from awqc.errors import ConfigError
-from awqc.page.plots import error_by_layer, loss_over_ratio, write_plots
+from awqc.inspection.cost import Cost, Rates
+from awqc.kernels.launch import Launch
+from awqc.page.plots import bandwidth_by_shape, error_by_layer, loss_over_ratio, write_plots
 from awqc.report import Report
 from tests.page.reports import RATIOS, synthetic
 
@@ -48,6 +50,22 @@ def test_errors_are_means_over_experts() -> None:
     assert axes.get_yscale() == "log"
 
 
+def test_shapes_share_a_bar() -> None:
+    """Bytes over seconds of all that are alike, by kernel."""
+
+    def cost(kind: str, n: int, k: int, seconds: float | None) -> Cost:
+        launches = [Launch("fast", n * k, 0)]
+        return Cost(kind, "op", kind, kind, "", "", "", (n, k), launches, n * k, 0, seconds=seconds)
+
+    costs = [cost("up", 40, 10, 1e-9), cost("gate", 40, 10, 3e-9), cost("down", 10, 40, 1e-9)]
+    figure = bandwidth_by_shape([*costs, cost("head", 5, 5, None)], Rates(300e9, None, "made up"))
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([200, 400])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["40 x 10\nup, gate", "10 x 40\ndown"]
+    assert bandwidth_by_shape([], None) is None
+
+
 def test_plots_are_files(tmp_path: Path) -> None:
     written = write_plots(synthetic(2), tmp_path / "plots")
     assert [file.name for file in written] == ["loss_over_ratio.png", "error_by_layer.png"]
@@ -57,7 +75,7 @@ def test_plots_are_files(tmp_path: Path) -> None:
 def test_nothing_to_plot(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         write_plots(Report(), tmp_path)
-    assert str(caught.value) == "the report holds neither search curves nor errors: there is nothing to plot"
+    assert str(caught.value) == "there are neither search curves nor errors nor measured linears to plot"
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def _totals(subject: Subject) -> list[str]:
     ops = Counter(node.op for node in subject.graph.nodes)
     schemes = Counter(str(module.scheme) for module in subject.linears.values())
     backends = Counter(module.backend.name for module in subject.linears.values())
-    what = "planned for" if subject.planned else "on"
+    what = "without values, for" if subject.outlined else "on"
     return [
         f"{ops['call_function']} ops on {ops['get_attr']} tensors, {what} {subject.hardware.name}",
         f"{len(subject.linears)} quantized linears: "

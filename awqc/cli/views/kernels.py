@@ -21,9 +21,7 @@ def find_costs(subject: Subject, measured: bool, bars: Bars) -> tuple[list[Cost]
     """Costs of all nodes, with floors from the device that is here or from a data sheet."""
     here = is_here(subject)
     if measured and not here:
-        raise ConfigError(
-            f"--measure: {subject.hardware.name} is only planned for; leave --on out to measure here"
-        )
+        raise ConfigError(f"--measure: {subject.hardware.name} is not here; leave --on out to measure here")
     bars.now("measuring a streaming read")
     rates = measured_rates(subject) if here else sheet_rates(subject)
     found = costs(subject, rates)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from awqc.cli.output import print_json, stdout
 from awqc.inspection.history import History, history
-from awqc.inspection.plan import Hardware
+from awqc.inspection.outline import Hardware
 from awqc.page.sources import read_report
 from awqc.report import GroupRow, LinearRow
 

@@ -10,7 +10,7 @@ import typer
 from awqc.cli.output import Bars, print_json
 from awqc.config import QuantConfig
 from awqc.errors import CheckpointError, PipelineError
-from awqc.inspection.plan import CAPTURED, Hardware, plan
+from awqc.inspection.outline import CAPTURED, Hardware, outline
 from awqc.inspection.subject import is_quantized
 from awqc.pipeline import Pipeline
 from awqc.text import diff_text
@@ -19,7 +19,7 @@ _COLOURS = {"+": typer.colors.GREEN, "-": typer.colors.RED, "@": typer.colors.CY
 
 
 class Asked(NamedTuple):
-    """The plan whose passes are looked at."""
+    """The outline whose passes are looked at."""
 
     model: Path
     config: QuantConfig
@@ -70,5 +70,5 @@ def _texts(asked: Asked, *names: str) -> dict[str, str]:
     if is_quantized(model):
         raise CheckpointError(f"{model} is quantized already: its passes ran on the float model; give that")
     with Bars("running passes on shapes"):
-        made = plan(model, config, backend=backend, hardware=at, tokens=tokens, texts_of=names)
+        made = outline(model, config, backend=backend, hardware=at, tokens=tokens, texts_of=names)
     return dict(made.texts)

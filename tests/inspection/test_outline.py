@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import awqc
 from awqc.errors import CheckpointError, ConfigError
-from awqc.inspection.plan import CAPTURED, find_hardware, plan
-from awqc.inspection.subject import of_plan
+from awqc.inspection.outline import CAPTURED, find_hardware, outline
+from awqc.inspection.subject import of_outline
 from tests.models import llama
 
 CONFIG = awqc.QuantConfig(group_size=32)
@@ -23,36 +23,36 @@ def ops(text: str) -> list[str]:
     return [found[1] for line in text.splitlines() if (found := re.search(r" = ([\w.]+)\(", line))]
 
 
-def test_the_plan_is_what_the_compile_makes(
+def test_the_outline_is_what_the_compile_makes(
     config_only: Path, tiny_llama: LlamaForCausalLM, token_ids: Tensor
 ) -> None:
     """The same ops on the same operands, linear by linear, as a compile that has weights."""
-    made = plan(config_only, CONFIG)
+    made = outline(config_only, CONFIG)
     compiled = awqc.compile(tiny_llama, token_ids, config=CONFIG)
     assert ops(made.graph.text()) == ops(compiled.graph.text())
     assert made.linears.keys() == compiled.quantized_linears().keys()
     for name, row in compiled.report.linears.items():
-        planned = made.report.linears[name]
-        assert (planned.decision, planned.scheme, planned.group, planned.backend) == (
+        outlined = made.report.linears[name]
+        assert (outlined.decision, outlined.scheme, outlined.group, outlined.backend) == (
             (row.decision, row.scheme, row.group, row.backend)
         )
 
 
 def test_nothing_has_values(config_only: Path) -> None:
-    made = plan(config_only, CONFIG)
-    assert {tensor.device.type for tensor in of_plan(made).tensors.values()} == {"meta"}
+    made = outline(config_only, CONFIG)
+    assert {tensor.device.type for tensor in of_outline(made).tensors.values()} == {"meta"}
 
 
 def test_for_a_gpu_that_is_not_here(config_only: Path) -> None:
-    made = plan(config_only, CONFIG, hardware=find_hardware("h200"), tokens=1)
+    made = outline(config_only, CONFIG, hardware=find_hardware("h200"), tokens=1)
     assert {module.backend.name for module in made.linears.values()} == {"marlin"}
     assert "f16[1, 1, 64]" in made.graph.text()
-    old = plan(config_only, CONFIG, backend="exllama", hardware=find_hardware("a100"), tokens=1)
+    old = outline(config_only, CONFIG, backend="exllama", hardware=find_hardware("a100"), tokens=1)
     assert {module.backend.name for module in old.linears.values()} == {"exllama"}
 
 
 def test_texts_of_passes(config_only: Path) -> None:
-    made = plan(config_only, CONFIG, texts_of=[CAPTURED, "canonicalize", "quantize-linears", "lower"])
+    made = outline(config_only, CONFIG, texts_of=[CAPTURED, "canonicalize", "quantize-linears", "lower"])
     assert list(made.texts) == [CAPTURED, "canonicalize", "quantize-linears", "lower"]
     assert "aten._assert_tensor_metadata" in ops(made.texts[CAPTURED])
     assert "aten._assert_tensor_metadata" not in ops(made.texts["canonicalize"])
@@ -63,13 +63,13 @@ def test_texts_of_passes(config_only: Path) -> None:
 def test_a_model_on_meta(tiny_llama: LlamaForCausalLM) -> None:
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(tiny_llama.config).eval()
-    assert len(plan(module, CONFIG).linears) == 14
+    assert len(outline(module, CONFIG).linears) == 14
 
 
 def test_a_module_in_memory_is_left_alone() -> None:
     module = llama()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    plan(module, CONFIG)
+    outline(module, CONFIG)
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
@@ -85,7 +85,7 @@ def test_a_large_model_takes_no_memory() -> None:
     )
     with torch.device("meta"):
         module = LlamaForCausalLM(config).eval()
-    made = plan(module, hardware=find_hardware("h200"), tokens=1)
+    made = outline(module, hardware=find_hardware("h200"), tokens=1)
     down = made.linears["model.layers.1.mlp.down_proj"]
     (packed,) = [tensor for tensor in down.buffers()]
     assert packed.is_meta
@@ -96,4 +96,4 @@ def test_names_that_nothing_is_known_of(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing is known of a GPU 'h300': there are .*h200"):
         find_hardware("h300")
     with pytest.raises(CheckpointError, match="has no config that transformers can read"):
-        plan(tmp_path)
+        outline(tmp_path)

@@ -14,7 +14,7 @@ from awqc.calibration import example_inputs
 from awqc.capture import CaptureReport, capture
 from awqc.config import QuantConfig
 from awqc.context import Context
-from awqc.driver import default_pipeline, planning_pipeline
+from awqc.driver import default_pipeline, outline_pipeline
 from awqc.errors import ConfigError
 from awqc.flags import Flags
 from awqc.graph import Graph
@@ -32,7 +32,7 @@ CAPTURED = "captured"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Outline:
     """A lowered graph without values.
 
     Args:
@@ -63,7 +63,7 @@ def find_hardware(name: str | None, device: str = "cpu") -> Hardware:
     return known()[name]
 
 
-def plan(
+def outline(
     model: Path | nn.Module,
     config: QuantConfig | None = None,
     *,
@@ -72,7 +72,7 @@ def plan(
     tokens: int = 16,
     schemes: Mapping[str, Scheme] | None = None,
     texts_of: Collection[str] = (),
-) -> Plan:
+) -> Outline:
     """Capture ``model`` and lower it.
 
     Args:
@@ -98,14 +98,14 @@ def plan(
     if CAPTURED in texts_of:
         kept.texts[CAPTURED] = graph.text()
     context = Context(config or QuantConfig())
-    pipeline = planning_pipeline(default_pipeline(), backend, torch.device(at.type), schemes)
+    pipeline = outline_pipeline(default_pipeline(), backend, torch.device(at.type), schemes)
     with assumed(at):
         pipeline.run(graph, context, kept.without(CAPTURED))
     report = context.report
     report.capture = {"rung": graph.facts[CaptureReport].rung, "checks": [], "notes": []}
     report.config = context.config.as_dict()
     linears: dict[str, PackedModule] = {**graph.facts[LoweredLinears], **graph.facts[LoweredExperts]}
-    return Plan(graph, linears, report, at, kept.texts)
+    return Outline(graph, linears, report, at, kept.texts)
 
 
 def _half(module: nn.Module) -> torch.dtype:
