@@ -85,9 +85,9 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
             if tokens < 256 and pair.shared_bytes(GROUP) <= LIMIT:
                 found[pair] = None
                 break
-        for split in (1, 2, 4):
+        for split, cluster in ((1, False), (2, False), (2, True), (4, False)):
             for stages in (8, 6, 5, 4, 3, 2):
-                wide = marlin_wide.WideTiling(tokens, split, stages)
+                wide = marlin_wide.WideTiling(tokens, split, stages, cluster)
                 if wide.shared_bytes(GROUP) <= LIMIT:
                     found[wide] = None
                     break

@@ -4,12 +4,20 @@
 // A block of the grid has 128 rows and TOKENS tokens and walks along the channels, 128 at a time, through a ring of
 // STAGES stages that four threads fill: two copy weights in bulk, two activations through a tensor map, which swizzles
 // them. Two warpgroups have 64 rows each; a third, which those threads are of, leaves them its registers. SPLIT blocks
-// share the channels and leave their sums in `partials`, for marlin_join.cu. Macros: those of marlin_block.cuh, TOKENS
-// (32, 64, 128 or 256), SPLIT, STAGES.
+// share the channels and leave their sums in `partials`, for marlin_join.cu; or with CLUSTER they are two, of one
+// cluster, and each joins the sums of half of the tokens in its shared memory. Macros: those of marlin_block.cuh,
+// TOKENS (32, 64, 128 or 256), SPLIT, STAGES, CLUSTER.
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
 #include "marlin_dequant.cuh"
 #include "marlin_wgmma.cuh"
+
+#ifndef CLUSTER
+#define CLUSTER 0
+#endif
+#if CLUSTER && SPLIT != 2
+#error "a cluster is of two blocks"
+#endif
 
 constexpr int BLOCKS = 2;  // of 64 rows, one for each warpgroup
 constexpr int ROWS = 64 * BLOCKS;
@@ -102,6 +110,25 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 
+#if CLUSTER
+    // sums[where they come from][row][token]: each block has those of half of the tokens.
+    constexpr int OWN_TOKENS = TOKENS / 2, STRIDE = OWN_TOKENS + 2;
+    float* sums = reinterpret_cast<float*>(ring);
+    cluster_barrier();
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i += 2) {
+      const int row = group * 64 + warp * 16 + (i >> 1 & 1) * 8 + (lane >> 2), token = i / 4 * 8 + (lane & 3) * 2;
+      store2_at_rank(sums + (rank * ROWS + row) * STRIDE + token % OWN_TOKENS, token / OWN_TOKENS, acc[i], acc[i + 1]);
+    }
+    cluster_barrier();
+    const int first = token0 + rank * OWN_TOKENS, end = min(OWN_TOKENS, tokens - first) * ROWS;
+#pragma unroll 4
+    for (int e = threadIdx.x; e < end; e += CONSUMERS) {
+      const int token = e / ROWS, row = block0 * 64 + e % ROWS;
+      const float sum = sums[e % ROWS * STRIDE + token] + sums[(ROWS + e % ROWS) * STRIDE + token];
+      if (row < n) y[long(first + token) * n + row] = from_float(bias ? sum + to_float(bias[row]) : sum);
+    }
+#else
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     // Through shared memory, so that rows leave together.
     constexpr int STRIDE = TOKENS + 2;
@@ -125,5 +152,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 #endif
       }
     }
+#endif
   }
 }

@@ -34,11 +34,13 @@ class WideTiling:
         tokens: of a tile.
         split: blocks that share the channels.
         stages: of 128 channels in flight.
+        cluster: whether the blocks that share channels are two, of a cluster, and join their sums themselves.
     """
 
     tokens: int
     split: int
     stages: int
+    cluster: bool = False
 
     def blocks(self, row_blocks: int, tokens: int) -> int:
         """Blocks of the grid for ``row_blocks`` blocks of 64 rows."""
@@ -48,7 +50,7 @@ class WideTiling:
         """Shared memory of a block: barriers and the ring, which becomes the sums."""
         weights = _ROW_BLOCKS * layout.STRIPS * layout.strip_bytes(group)
         stage = self.tokens * 2 * layout.CHANNELS + -(-weights // 1024) * 1024
-        sums = _ROW_BLOCKS * layout.ROWS * (self.tokens + 2) * 4
+        sums = _ROW_BLOCKS * layout.ROWS * (self.tokens + (4 if self.cluster else 2)) * 4
         return _BARRIERS + max(self.stages * stage, sums)
 
 
@@ -109,6 +111,7 @@ def wide(
         "128sPPPPiiiii",
         device,
         shared=tiling.shared_bytes(group),
+        cluster=2 if tiling.cluster else 1,
         dependent=True,
         **_macros(tiling, group, dtype, bfloat16_scales),
     )
@@ -123,6 +126,7 @@ def _macros(tiling: WideTiling, group: int, dtype: torch.dtype, bfloat16_scales:
         "TOKENS": tiling.tokens,
         "SPLIT": tiling.split,
         "STAGES": tiling.stages,
+        "CLUSTER": int(tiling.cluster),
     }
 
 
@@ -138,7 +142,7 @@ def describe(
     """The launches of :func:`multiply`."""
     tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
     tiling = tile(row_blocks, columns, _launch_tokens(tokens), group, at.processors, at.shared_bytes)
-    joined = tiling.split > 1
+    joined = tiling.split > 1 and not tiling.cluster
     main = Launch(
         "marlin_wide.cu:wide",
         nbytes(rows, packed, None if joined else bias),
@@ -146,6 +150,7 @@ def describe(
         grid=(tiling.blocks(row_blocks, tokens),),
         block=(_THREADS,),
         shared=tiling.shared_bytes(group),
+        cluster=2 if tiling.cluster else 1,
         config=asdict(tiling),
         code=CudaCode("marlin_wide.cu", "wide", _macros(tiling, group, rows.dtype, bfloat16_scales)),
     )
@@ -169,7 +174,7 @@ def multiply(
     tiling = launch.tiling
     out = rows.new_empty(tokens, n)
     partials = None
-    if tiling.split > 1:
+    if tiling.split > 1 and not tiling.cluster:
         partials = torch.empty(tiling.split, tokens, n, dtype=torch.float32, device=rows.device)
     launch.main.launch(
         (tiling.blocks(row_blocks, tokens),),
