@@ -89,7 +89,7 @@ def _finish(job: Job) -> CompiledModel:
         tensors = {n: shared[n] if n in shared else weights[n] for n in names}
         return LoweredGraph(tensors, graph.fx, [*lowered, *stacks])
 
-    compilation = Compilation(source, report, job.record, lowered_graph, job.context.batches[0])
+    compilation = Compilation(source, report, lambda: job.record(), lowered_graph, job.context.batches[0])
     gone = {f"{name}.{part}" for name in lowered for part in ("weight", "bias")} | set(stacks)
     compiled = assemble(module, _dense_tensors(source, weights, gone), lowered, stacks, compilation)
     return compiled

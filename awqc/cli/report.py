@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,14 @@ def report(
             help="What 'awqc eval OUT --against MODEL --json' printed: perplexity and KL. Repeatable.",
         ),
     ] = None,
+    kernels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="What 'awqc inspect OUT --kernels --measure --json' printed: kernels, bytes and times.",
+        ),
+    ] = None,
     title: Annotated[
         str | None,
         typer.Option(metavar="TEXT", show_default=False, help="Of the page; OUT's name unless given."),
@@ -49,14 +58,17 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Write a page that shows what a compile did: one file that needs no network."""
+    from awqc.page.costs import read_costs
     from awqc.page.evaluation import read_evaluation
     from awqc.page.render import render
     from awqc.page.sources import read_report
 
     found = read_report(checkpoint)
     measured = [read_evaluation(file) for file in evaluations or ()]
-    graphs = _graphs(checkpoint, found) if graph and checkpoint.is_dir() else {}
-    page = render(found, title or checkpoint.resolve().name, measured, graphs)
+    costs = read_costs(kernels) if kernels is not None else None
+    about = costs.linears if costs else {}
+    graphs = _graphs(checkpoint, found, about) if graph and checkpoint.is_dir() else {}
+    page = render(found, title or checkpoint.resolve().name, measured, graphs, costs)
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -64,7 +76,7 @@ def report(
     typer.echo(f"{output} ({len(page.encode()) / 1e6:.1f} MB)")
 
 
-def _graphs(checkpoint: Path, report: Report) -> dict[str, LayerGraph]:
+def _graphs(checkpoint: Path, report: Report, about: Mapping[str, str]) -> dict[str, LayerGraph]:
     """By layer; none, and a line that says so, where the checkpoint cannot be loaded."""
     from awqc.cli.models import quiet
     from awqc.page.graphs import of_checkpoint
@@ -72,7 +84,7 @@ def _graphs(checkpoint: Path, report: Report) -> dict[str, LayerGraph]:
     quiet()
     try:
         with Bars("capturing the graph before and after"):
-            return of_checkpoint(checkpoint, report)
+            return of_checkpoint(checkpoint, report, about)
     except AwqcError as error:
         typer.echo(f"the page shows no graphs: {' '.join(str(error).split())}", err=True)
         return {}

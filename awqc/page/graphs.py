@@ -10,11 +10,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
+from awqc.lowered_graph import quantized_linear
 from awqc.page.layers import Layers
 from awqc.report import Report
 from awqc.text import graph_text
@@ -42,8 +44,13 @@ class LayerGraph:
     diff: list[str] = field(default_factory=list)
 
 
-def of_checkpoint(path: Path, report: Report) -> dict[str, LayerGraph]:
+def of_checkpoint(
+    path: Path, report: Report, about: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, LayerGraph]:
     """The layers of a compiled checkpoint, by path; loads it.
+
+    Args:
+        about: by the name of a quantized linear, what its line after says too.
 
     Raises:
         AwqcError: if it cannot be loaded or captured.
@@ -55,11 +62,15 @@ def of_checkpoint(path: Path, report: Report) -> dict[str, LayerGraph]:
     before = analyze(path, ids)
     after = analyze(load(path), ids)
     layers = Layers(row.name for row in report.linears.values())
-    return layer_graphs(layers, before.graph.fx, after.graph.fx, before.groups)
+    return layer_graphs(layers, before.graph.fx, after.graph.fx, before.groups, about)
 
 
 def layer_graphs(
-    layers: Layers, before: fx.Graph, after: fx.Graph, groups: Iterable[ScaleGroup] = ()
+    layers: Layers,
+    before: fx.Graph,
+    after: fx.Graph,
+    groups: Iterable[ScaleGroup] = (),
+    about: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, LayerGraph]:
     """By path of the layer, with the empty path for what is outside of all layers.
 
@@ -67,8 +78,9 @@ def layer_graphs(
         layers: of the model.
         before, after: the graph before the first pass that changes it, and the lowered one.
         groups: scale groups of the graph before.
+        about: by the name of a quantized linear, what its line after says too.
     """
-    first, second = layer_lines(before, layers), layer_lines(after, layers)
+    first, second = layer_lines(before, layers), layer_lines(after, layers, about)
     found = {
         layer: LayerGraph(diff=full_diff(first.get(layer, []), second.get(layer, [])))
         for layer in dict.fromkeys((*first, *second))
@@ -118,13 +130,15 @@ def _ancestors(nodes: Iterable[fx.Node], within: Mapping[fx.Node, object]) -> se
     return found
 
 
-def layer_lines(graph: fx.Graph, layers: Layers) -> dict[str, list[str]]:
-    """The lines of the graph's text by layer."""
+def layer_lines(
+    graph: fx.Graph, layers: Layers, about: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, list[str]]:
+    """The lines of the graph's text by layer; those of the linears ``about`` say what that has of them."""
     found: dict[str, list[str]] = {}
-    for (_, layer), line in zip(
-        node_layers(graph, layers).items(), graph_text(graph).splitlines(), strict=True
-    ):
-        found.setdefault(layer, []).append(line)
+    texts = graph_text(graph).splitlines()
+    for (node, layer), line in zip(node_layers(graph, layers).items(), texts, strict=True):
+        linear = quantized_linear(node, about)
+        found.setdefault(layer, []).append(f"{line}  # {about[linear]}" if linear else line)
     return found
 
 

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from awqc import __version__
 from awqc.page import facts
+from awqc.page.costs import Costs
 from awqc.page.data import document
 from awqc.page.evaluation import Measured
 from awqc.page.graphs import LayerGraph
@@ -32,6 +33,7 @@ def render(
     title: str,
     measured: Sequence[Measured] = (),
     graphs: Mapping[str, LayerGraph] | None = None,
+    costs: Costs | None = None,
 ) -> str:
     """The page as HTML text that needs nothing else, no network either.
 
@@ -40,6 +42,7 @@ def render(
         title: what was compiled.
         measured: perplexities, and distances to the original.
         graphs: text and scale flow by layer, from :func:`awqc.page.graphs.layer_graphs`.
+        costs: where the time of a step goes, from :func:`awqc.page.costs.read_costs`.
     """
     environment = Environment(
         loader=PackageLoader("awqc.page"),
@@ -54,6 +57,7 @@ def render(
         version=__version__,
         figures=list(facts.figures(report, measured)),
         measured=bool(measured),
+        costs=costs,
         steps=facts.steps(report),
         facts=facts.facts(report),
         reasons=facts.reasons(report),

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from awqc.page.costs import read_costs
 from awqc.page.graphs import LayerGraph
 from awqc.page.render import render
 from tests.page.reports import synthetic
+from tests.page.test_costs import document, written
 
 CELLS = "#heat rect.cell"
 
@@ -277,4 +279,20 @@ def test_a_bias_is_in_the_box_of_its_linear_and_experts_show_their_tokens(
     assert heights == sorted(heights, reverse=True)
     assert heights[3] / heights[0] == pytest.approx(3 / 40, abs=0.03)
     assert "4 of 128 × 256" in page.inner_text("#detail")
+    page.close()
+
+
+def test_times_are_shown_at_any_width(browser: Any, tmp_path: Path, width: int) -> None:
+    """Stages and nodes; the widest kernel's name does not push the page out of its window."""
+    costs = read_costs(written(tmp_path, document()))
+    file = tmp_path / "times.html"
+    file.write_text(render(synthetic(2), "a model", costs=costs), encoding="utf-8")
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(file.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator("#time table").count() == 2
+    assert "up 2" in " ".join(page.inner_text("#time").split()) or width < 641
+    assert "66.7%" in page.inner_text("#time")
+    assert page.locator("#time .wide").first.is_visible() == (width > 640)
+    page.locator('nav a[href="#time"]').click()
     page.close()

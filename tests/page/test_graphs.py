@@ -98,6 +98,15 @@ def test_before_and_after_by_layer(analysis: awqc.Analysis, layers: Layers) -> N
     assert len(found["blocks.1"].edges) == 3
 
 
+def test_lines_say_what_is_known_of_their_linear(analysis: awqc.Analysis, layers: Layers) -> None:
+    """Packed tensors are named after their linear: here those of a norm stand for them."""
+    plain = layer_lines(analysis.graph.fx, layers)["blocks.1"]
+    found = layer_lines(analysis.graph.fx, layers, {"blocks.1.norm": "fast.cu, 1 us"})["blocks.1"]
+    different = [(a, b) for a, b in zip(plain, found, strict=True) if a != b]
+    assert different
+    assert all(b == f"{a}  # fast.cu, 1 us" and "blocks.1.norm.weight" in a for a, b in different)
+
+
 def changed(diff: list[str]) -> list[str]:
     return [line for line in diff if line[0] != " "]
 
