@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import json
 import os
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,21 @@ def warmed(options: argparse.Namespace) -> None:
             problems[n, k].time(m, candidate, once=True)
 
 
+def best_for_all(rows: list[dict[str, Any]], kernel: str, m: int) -> list[tuple[float, str]]:
+    """Configurations that all shapes were measured with, best first: times over the best of each shape."""
+    own = [row for row in rows if (row["kernel"], row["m"]) == (kernel, m)]
+    times: dict[tuple[int, int], dict[str, float]] = {}
+    for row in own:
+        times.setdefault((row["n"], row["k"]), {})[row["config"]] = row["us"]
+    if not times:
+        return []
+    common = set.intersection(*(set(of) for of in times.values()))
+    return sorted(
+        (statistics.geometric_mean(of[config] / min(of.values()) for of in times.values()), config)
+        for config in common
+    )
+
+
 def table(rows: list[dict[str, Any]], kernel: str, m: int) -> Iterator[str]:
     """What ships, the best for each shape, and the best for all."""
     own = [row for row in rows if (row["kernel"], row["m"]) == (kernel, m)]
@@ -236,14 +253,26 @@ def table(rows: list[dict[str, Any]], kernel: str, m: int) -> Iterator[str]:
     for s in shapes:
         shipped = next(r for r in own if (r["n"], r["k"]) == s and r["ships"])
         yield f"  {s[0]}x{s[1]}: ships {shipped['us']:.2f}, best {best[s][1]:.2f} ({best[s][0]})"
-    common = set.intersection(*(set(t) for t in times.values())) if times else set()
-    if common:
+    for over, config in best_for_all(rows, kernel, m)[:2]:
+        yield f"  for all: {over:.3f} of the best ({config})"
 
-        def over(config: str) -> float:
-            return statistics.geometric_mean(times[s][config] / best[s][1] for s in shapes)
 
-        for config in sorted(common, key=over)[:2]:
-            yield f"  for all: {over(config):.3f} of the best ({config})"
+def shipped_tables(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
+    """Tables for ``kernels/configs_<device>.json``: those that ship with what is best for all shapes put in.
+
+    The entry of a table serves numbers of tokens up to its key; what was measured for the most tokens at or
+    below that, and above the entry before, is the one for it.
+    """
+    tables = {}
+    for kernel, name in (("exllama", qlinear_exllama.NAME), ("triton", qlinear_triton.NAME)):
+        table = {most: dict(entry) for most, entry in configs.measured(name, "default").items()}
+        for before, most in pairwise([0, *sorted(table)]):
+            tried = [m for m in TOKENS[kernel] if before < m <= most]
+            ranked = best_for_all(rows, kernel, tried[-1]) if tried else []
+            if ranked:
+                table[most] = {k: int(v) for k, v in (field.split("=") for field in ranked[0][1].split())}
+        tables[name] = {str(most): table[most] for most in sorted(table)}
+    return tables
 
 
 def main() -> None:
@@ -253,6 +282,7 @@ def main() -> None:
     parser.add_argument("--warm-seconds", type=float, default=45, help="stop compiling after so long")
     parser.add_argument("--warm", help="for side processes")
     parser.add_argument("--out", help="CSV file")
+    parser.add_argument("--configs", help="JSON file, as kernels/configs_<device>.json, from what was found")
     options = parser.parse_args()
     if options.warm:
         return warmed(options)
@@ -285,6 +315,8 @@ def main() -> None:
         for m in TOKENS[kernel]:
             print(f"{kernel} M={m}")
             print("\n".join(table(rows, kernel, m)))
+    if options.configs:
+        Path(options.configs).write_text(json.dumps(shipped_tables(rows), indent=1) + "\n")
     print(f"{len(rows)} times, {time.monotonic() - began:.0f} s")
 
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from awqc.kernels import marlin_stream, qlinear_marlin
+from awqc.kernels import marlin_stream
+from awqc.kernels.hardware import assumed, hardware
 from awqc.kernels.qlinear import dequantize
 from awqc.kernels.qlinear_marlin import Marlin
 
@@ -51,13 +55,32 @@ def assert_close(found: Tensor, expected: Tensor, case: object) -> None:
     assert error < LIMIT[found.dtype], f"{case}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("hopper", [True, False])
-def test_random_shapes(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if hopper and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs compute capability 9.0")
-    for module in (marlin_stream, qlinear_marlin):
-        monkeypatch.setattr(module, "has_bulk_copies", lambda _: hopper)
-    marlin_stream.stream.cache_clear()
+@contextmanager
+def capability(major: int, minor: int) -> Iterator[None]:
+    """Kernels are chosen as for a device of this compute capability."""
+    caches = (marlin_stream.has_bulk_copies, marlin_stream.stream)
+    at = replace(hardware(torch.device("cuda", 0)), capability=(major, minor))
+    for cache in caches:
+        cache.cache_clear()
+    with assumed(at):
+        yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("major", [9, 8])
+def test_random_shapes(major: int) -> None:
+    if torch.cuda.get_device_capability()[0] < major:
+        pytest.skip(f"needs compute capability {major}.0")
+    with capability(major, 0):
+        launched = marlin_stream.stream(
+            marlin_stream.Problem(1, 1, 1, 128, torch.float16, False), torch.device("cuda", 0)
+        )
+        assert launched.hopper is (major == 9)
+        _try_random_shapes()
+
+
+def _try_random_shapes() -> None:
     draw = random.Random(0)
     for seed in range(SHAPES):
         case = (
@@ -73,7 +96,6 @@ def test_random_shapes(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         found = Marlin.op(x, *operands)
         assert_close(found, expected, case)
         assert torch.equal(found, Marlin.op(x, *operands)), f"{case}: not the same bits twice"
-    marlin_stream.stream.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
