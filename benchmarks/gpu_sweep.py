@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,13 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
             if tokens < 256 and pair.shared_bytes(GROUP) <= LIMIT:
                 found[pair] = None
                 break
-        for split, cluster in ((1, False), (2, False), (2, True), (4, False)):
+        splits = ((1, False), (2, False), (2, True), (4, False), (8, False))
+        for rows_at_once, (split, cluster) in product((2, 4) if tokens <= 64 else (2,), splits):
             for stages in (8, 6, 5, 4, 3, 2):
-                wide = marlin_wide.WideTiling(tokens, split, stages, cluster)
+                wide = marlin_wide.WideTiling(tokens, split, stages, cluster, rows_at_once)
                 if wide.shared_bytes(GROUP) <= LIMIT:
-                    found[wide] = None
+                    if wide.blocks(rows, m) <= 2 * 132:
+                        found[wide] = None
                     break
     return [Candidate(tiling) for tiling in found]
 

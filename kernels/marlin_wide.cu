@@ -3,7 +3,8 @@
 //
 // A block of the grid has 128 rows and TOKENS tokens and walks along the channels, 128 at a time, through a ring of
 // STAGES stages that four threads fill: two copy weights in bulk, two activations through a tensor map, which swizzles
-// them. Two warpgroups have 64 rows each; a third, which those threads are of, leaves them its registers. SPLIT blocks
+// them. Two warpgroups have 64 rows each; a third, which those threads are of, leaves them its registers. With
+// ROW_BLOCKS 4 it is 256 rows and four warpgroups, and the threads copy weights, two of them activations too. SPLIT blocks
 // share the channels and leave their sums in `partials`, for marlin_join.cu; or with CLUSTER they are two, of one
 // cluster, and each joins the sums of half of the tokens in its shared memory. Macros: those of marlin_block.cuh,
 // TOKENS (32, 64, 128 or 256), SPLIT, STAGES, CLUSTER.
@@ -15,17 +16,23 @@
 #ifndef CLUSTER
 #define CLUSTER 0
 #endif
+#ifndef ROW_BLOCKS
+#define ROW_BLOCKS 2
+#endif
 #if CLUSTER && SPLIT != 2
 #error "a cluster is of two blocks"
 #endif
 
-constexpr int BLOCKS = 2;  // of 64 rows, one for each warpgroup
+constexpr int BLOCKS = ROW_BLOCKS;  // of 64 rows, one for each warpgroup
 constexpr int ROWS = 64 * BLOCKS;
 constexpr int BLOCK_BYTES = 4 * STRIP_BYTES;
 constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels
 constexpr int STAGE_BYTES = 2 * X_HALF + (BLOCKS * BLOCK_BYTES + 1023) / 1024 * 1024;
 constexpr int CONSUMERS = 128 * BLOCKS;
-constexpr int COPIERS = BLOCKS + 2;  // one for each block of weights and each half of the activations
+constexpr int COPIERS = 4;  // for the blocks of weights, and for the halves of the activations
+constexpr int X_COPIERS = BLOCKS == 2 ? 2 : 0;  // the first copier of activations
+// Registers of a thread that copies, and of one that multiplies: what the block was launched with, shared out anew.
+constexpr int FEW_REGISTERS = 40, REGISTERS = BLOCKS == 2 ? 232 : 104;
 
 extern __shared__ __align__(1024) u8 shared[];
 
@@ -51,29 +58,30 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   asm volatile("griddepcontrol.launch_dependents;");
 
   if (threadIdx.x >= CONSUMERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
     // One thread of each warp: copies are issued one at a time, and four threads wait for four of them at once.
     const int copier = (threadIdx.x - CONSUMERS) >> 5;
     if (threadIdx.x & 31) return;
-    const bool weights = copier < BLOCKS;
-    const u32 bytes = weights ? (block0 + copier < row_blocks ? BLOCK_BYTES : 0) : X_HALF;
-    const u32 to = shared_address(ring) + (weights ? 2 * X_HALF + copier * BLOCK_BYTES : (copier - BLOCKS) * X_HALF);
+    const bool weights = copier < BLOCKS, activations = copier >= X_COPIERS && copier < X_COPIERS + 2;
+    const int half = copier - X_COPIERS;
+    const u32 weight_bytes = weights && block0 + copier < row_blocks ? BLOCK_BYTES : 0;
+    const u32 bytes = weight_bytes + (activations ? X_HALF : 0);
+    const u32 to = shared_address(ring) + 2 * X_HALF + copier * BLOCK_BYTES;
+    const u32 x_to = shared_address(ring) + half * X_HALF;
     const u8* from = packed + (long(block0 + copier) * k_blocks + k0) * BLOCK_BYTES;
-    if (!weights) asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (activations) asm volatile("griddepcontrol.wait;" ::: "memory");
     int slot = 0;
     u32 parity = 1;  // the first round of stages is free
     for (int step = 0; step < steps; ++step) {
       const u32 barrier = full + 8 * slot;
       wait(empty + 8 * slot, parity);
       expect(barrier, bytes);
-      if (!weights)
-        copy_tensor(to + slot * STAGE_BYTES, &x_map, (k0 + step) * 128 + (copier - BLOCKS) * 64, token0, barrier);
-      else if (bytes)
-        copy_bulk(to + slot * STAGE_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES, barrier);
+      if (weight_bytes) copy_bulk(to + slot * STAGE_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES, barrier);
+      if (activations) copy_tensor(x_to + slot * STAGE_BYTES, &x_map, (k0 + step) * 128 + half * 64, token0, barrier);
       if (++slot == STAGES) slot = 0, parity ^= 1;
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");  // what the block was launched with, less those 40
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
     asm volatile("griddepcontrol.wait;" ::: "memory");
     const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     const int own = 2 * X_HALF + (group * 4 + warp) * STRIP_BYTES;

@@ -16,10 +16,6 @@ from awqc.kernels.machine_code import CudaCode
 from awqc.kernels.marlin_join import join, join_launch
 from awqc.kernels.marlin_stream import aligned
 
-#: Threads of a block: two warpgroups that multiply, and one that copies.
-_THREADS = 384
-#: Blocks of 64 rows of a tile, one for each of the two.
-_ROW_BLOCKS = 2
 #: Bytes at the start of a block's shared memory: for its alignment, and for its barriers.
 _BARRIERS = 2048
 #: Tokens of a tile, as the instruction has them.
@@ -35,22 +31,29 @@ class WideTiling:
         split: blocks that share the channels.
         stages: of 128 channels in flight.
         cluster: whether the blocks that share channels are two, of a cluster, and join their sums themselves.
+        row_blocks: blocks of 64 rows of a tile, 2 or 4, one for each warpgroup that multiplies.
     """
 
     tokens: int
     split: int
     stages: int
     cluster: bool = False
+    row_blocks: int = 2
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the warpgroups that multiply, and one that copies."""
+        return 128 * (self.row_blocks + 1)
 
     def blocks(self, row_blocks: int, tokens: int) -> int:
         """Blocks of the grid for ``row_blocks`` blocks of 64 rows."""
-        return -(-row_blocks // _ROW_BLOCKS) * -(-tokens // self.tokens) * self.split
+        return -(-row_blocks // self.row_blocks) * -(-tokens // self.tokens) * self.split
 
     def shared_bytes(self, group: int) -> int:
         """Shared memory of a block: barriers and the ring, which becomes the sums."""
-        weights = _ROW_BLOCKS * layout.STRIPS * layout.strip_bytes(group)
+        weights = self.row_blocks * layout.STRIPS * layout.strip_bytes(group)
         stage = self.tokens * 2 * layout.CHANNELS + -(-weights // 1024) * 1024
-        sums = _ROW_BLOCKS * layout.ROWS * (self.tokens + (4 if self.cluster else 2)) * 4
+        sums = self.row_blocks * layout.ROWS * (self.tokens + (4 if self.cluster else 2)) * 4
         return _BARRIERS + max(self.stages * stage, sums)
 
 
@@ -64,7 +67,7 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
         processors: multiprocessors of the device; each takes one block of the grid at a time.
         limit: bytes of shared memory that a block may have.
     """
-    row_tiles = -(-row_blocks // _ROW_BLOCKS)
+    row_tiles = -(-row_blocks // WideTiling.row_blocks)
     at_once = tile_tokens(tokens)
     if at_once == TILE_TOKENS[-1] and row_tiles * -(-tokens // at_once) < processors * 3 // 4:
         at_once = TILE_TOKENS[-2]
@@ -127,6 +130,7 @@ def _macros(tiling: WideTiling, group: int, dtype: torch.dtype, bfloat16_scales:
         "SPLIT": tiling.split,
         "STAGES": tiling.stages,
         "CLUSTER": int(tiling.cluster),
+        "ROW_BLOCKS": tiling.row_blocks,
     }
 
 
@@ -148,7 +152,7 @@ def describe(
         nbytes(rows, packed, None if joined else bias),
         tiling.split * tokens * n * 4 if joined else tokens * n * rows.itemsize,
         grid=(tiling.blocks(row_blocks, tokens),),
-        block=(_THREADS,),
+        block=(tiling.threads,),
         shared=tiling.shared_bytes(group),
         cluster=2 if tiling.cluster else 1,
         config=asdict(tiling),
@@ -178,7 +182,7 @@ def multiply(
         partials = torch.empty(tiling.split, tokens, n, dtype=torch.float32, device=rows.device)
     launch.main.launch(
         (tiling.blocks(row_blocks, tokens),),
-        (_THREADS,),
+        (tiling.threads,),
         (
             tensor_map(rows, tiling.tokens, 64),
             *(out.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr()),

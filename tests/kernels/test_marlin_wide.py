@@ -34,13 +34,20 @@ def test_every_tiling_fits(rows: int, group: int) -> None:
 def test_the_kernel_compiles_without_spills_and_waits(tokens: int, bfloat16: int) -> None:
     """The compiler says so when it has to wait for each matrix product, or to keep registers in memory."""
     flags = ["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"]
-    for group, split, scales in ((32, 1, 1), (64, 2, 0), (128, 4, 1), (128, 8, 0), (128, 2, 1), (32, 2, 0)):
+
+    def compiles(group: int, split: int, scales: int, **more: int) -> None:
         defines = {"BF16": bfloat16, "SCALE_BF16": scales, "TOKENS": tokens, "SPLIT": split, "STAGES": 3}
-        defines["CLUSTER"] = int(split == 2 and group != 64)
-        options = [*flags, f"-DGROUP={group}", *(f"-D{key}={value}" for key, value in defines.items())]
+        defines |= {"GROUP": group, **more}
+        options = [*flags, *(f"-D{key}={value}" for key, value in defines.items())]
         _, log = nvrtc.compile_with_log(read_source("marlin_wide.cu"), options, "marlin_wide.cu")
         assert "Potential Performance Loss" not in log
         assert "0 bytes spill stores" in log
+
+    for group, split, scales in ((32, 1, 1), (64, 2, 0), (128, 4, 1), (128, 8, 0), (128, 2, 1), (32, 2, 0)):
+        compiles(group, split, scales, CLUSTER=int(split == 2 and group != 64))
+    if tokens <= 64:
+        for group, cluster in ((32, 0), (128, 1)):
+            compiles(group, 2, 0, CLUSTER=cluster, ROW_BLOCKS=4)
 
 
 @pytest.mark.gpu
@@ -49,10 +56,10 @@ def test_the_kernel_compiles_without_spills_and_waits(tokens: int, bfloat16: int
 @pytest.mark.parametrize(
     ("n", "k", "m"), [(4096, 4096, 512), (200, 520, 70), (128, 256, 300), (1000, 14336, 33)]
 )
-def test_blocks_of_a_cluster_join_their_sums(
+def test_clusters_and_more_rows_change_no_bit(
     n: int, k: int, m: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The results are those of a launch that joins partial sums, which adds the same two numbers."""
+    """Sums are those of a launch that joins partial ones, which adds the same two numbers."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs compute capability 9.0")
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
@@ -60,14 +67,17 @@ def test_blocks_of_a_cluster_join_their_sums(
     packed = layout.pack(codes, scales, torch.full_like(scales, 7).byte(), 64)
     x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
     found = []
-    for cluster in (False, True):
-        stages = next(s for s in (5, 4, 3, 2) if WideTiling(tokens, 2, s, cluster).shared_bytes(64) <= LIMIT)
-        tiling = WideTiling(tokens, 2, stages, cluster)
+    for cluster, row_blocks in ((False, 2), (True, 2), *([(False, 4), (True, 4)] if tokens <= 64 else [])):
+        tiling = next(
+            fitting
+            for stages in (5, 4, 3, 2)
+            if (fitting := WideTiling(tokens, 2, stages, cluster, row_blocks)).shared_bytes(64) <= LIMIT
+        )
         monkeypatch.setattr(marlin_wide, "tile", lambda *_, tiling=tiling: tiling)
         marlin_wide.wide.cache_clear()
         found.append(marlin_wide.multiply(x, packed, bias, n, 64, False))
     marlin_wide.wide.cache_clear()
-    assert torch.equal(*found)
+    assert all(torch.equal(other, found[0]) for other in found)
     weight = dequantize(codes, scales, torch.full_like(scales, 7), 64, torch.float64)
     want = x.double() @ weight.t() + bias.double()
     assert (found[0].double() - want).norm() < torch.finfo(dtype).eps * want.norm()
