@@ -44,9 +44,7 @@ PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90a": 132}
 
 def variants(arch: str) -> list[dict[str, int | str]]:
     """Macros of all tilings that weights of usual sizes are cut into; dtypes and groups go round."""
-    sizes = itertools.product(
-        (64, 1024, 4096, 8192, 14336, 128256), (128, 4096, 28672), (1, 8, 16)
-    )
+    sizes = itertools.product((64, 1024, 4096, 8192, 14336, 128256), (128, 4096, 28672), (1, 8, 16))
     dtypes = itertools.cycle(itertools.product((torch.float16, torch.bfloat16), (False, True)))
     groups = itertools.cycle((128, 64, 128, 32, 128))
     forms = itertools.cycle([{}, {}, {"weights": 2, "gated": True}, {}, {"weights": 3}])
