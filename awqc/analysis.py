@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from awqc.calibration import example_inputs, token_batch
-from awqc.capture import CaptureReport, capture, other_inputs
+from awqc.capture import CaptureReport, capture, flat_inputs, other_inputs
 from awqc.capture.roots import arguments_of, check_root
 from awqc.config import QuantConfig
 from awqc.context import Context
@@ -42,13 +42,13 @@ class Analysis:
     capture: CaptureReport
     graph: Graph
 
-    def prove(self, batch: Mapping[str, Tensor], seed: int = 0) -> float:
+    def prove(self, batch: Mapping[str, Any], seed: int = 0) -> float:
         """Relative error of the model's outputs in float64 after folding random scales into all groups.
 
         Raises:
             VerifyError: if it exceeds 1e-9.
         """
-        return prove(self.graph, self.groups, batch, seed)
+        return prove(self.graph, self.groups, flat_inputs(batch), seed)
 
     def fold(self, model: nn.Module, scales: Mapping[str, Tensor] | None = None, seed: int = 0) -> None:
         """Fold scales into ``model`` in place, so that anyone can check with eager execution that its

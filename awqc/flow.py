@@ -216,6 +216,8 @@ def seeds(site: Site) -> Iterable[Tensor]:
     """The ways to give a site channels, ``ids`` of the site's shape: one along each of its axes; of a stack
     of matrices also one along each axis of each matrix."""
     size = shape(site.node)
+    if 0 in size:
+        return
     axes: list[tuple[int, ...]] = [(axis,) for axis in range(len(size))]
     if len(size) == 3:
         axes += [(0, 1), (0, 2)]

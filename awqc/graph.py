@@ -149,6 +149,8 @@ class Graph:
         for node in result.fx.nodes:
             node.args = _retype(node.args, dtype)
             node.kwargs = _retype(node.kwargs, dtype)
+            if _makes_default(node):
+                node.kwargs = {**node.kwargs, "dtype": dtype}
         return result
 
 
@@ -212,6 +214,16 @@ def live_after(graph: Graph, position: int, outputs: Iterable[fx.Node] = ()) -> 
         and n.op in ("call_function", "placeholder")
         and (n in wanted or any(order[u] >= position for u in n.users))
     ]
+
+
+def _makes_default(node: fx.Node) -> bool:
+    """Whether ``node`` makes a tensor from nothing, of whatever dtype is the default."""
+    if node.all_input_nodes or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    takes = any(argument.name == "dtype" for argument in node.target._schema.arguments)
+    made = node.meta["val"]
+    floating = isinstance(made, Tensor) and made.is_floating_point()
+    return takes and floating and node.kwargs.get("dtype") is None
 
 
 def _retype(value: Any, dtype: torch.dtype) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,3 +231,34 @@ def test_flags_may_name_passes_that_only_a_compile_has(
     monkeypatch.setenv(variable, "no-such-pass")
     with pytest.raises(PipelineError, match=r"^no pass is called 'no-such-pass': there are canonicalize, "):
         awqc.analyze(net, inputs())
+
+
+def test_a_proof_takes_what_the_model_takes() -> None:
+    def compute(m: Net, x: Any) -> Tensor:
+        return m.second(torch.relu(m.first(x["pair"][0] + x["pair"][1]))) * x["factor"]
+
+    net = Net(compute, first=linear(), second=linear())
+    batch = {"x": {"pair": [inputs()["x"], inputs()["x"]], "factor": 2}}
+    found = awqc.analyze(net, batch)
+    assert len(found.groups) == 1
+    assert found.prove(batch) < 1e-9
+
+
+def test_tensors_that_a_forward_makes_are_as_precise_as_a_proof() -> None:
+    def compute(m: Net, x: Tensor) -> Tensor:
+        state = torch.zeros(x.shape[0], WIDTH)
+        for step in x.unbind(1):
+            state = m.first(step) + m.second(state)
+        return state
+
+    assert awqc.analyze(Net(compute, first=linear(), second=linear()), inputs()).prove(inputs()) < 1e-9
+
+
+def test_an_empty_parameter_is_no_handle() -> None:
+    net = Net(
+        lambda m, x: m.first(m.norm(x)) + m.norm(x) @ m.none @ m.none.mT,
+        norm=norm(),
+        first=linear(),
+        none=nn.Parameter(torch.ones(WIDTH, 0)),
+    )
+    assert awqc.analyze(net, inputs()).prove(inputs()) < 1e-9

@@ -244,7 +244,7 @@ def test_a_region_of_another_precision_is_refused() -> None:
         capture(from_module(Net(compute, a=linear())), inputs(), rung="torch.export")
     assert str(error.value) == (
         "the forward holds a region that awqc does not look into: wrap_with_autocast (linear); remove "
-        "torch.autocast and the like from the forward"
+        "torch.autocast from the forward"
     )
 
 

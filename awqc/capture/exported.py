@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._higher_order_ops.wrap import wrap_with_autocast
 from torch.export.graph_signature import OutputKind
 from torch.utils._pytree import tree_flatten
 
 from awqc.capture.builder import Builder
-from awqc.capture.traced_regions import call_of, index_of
-from awqc.errors import CaptureError
+from awqc.capture.traced_regions import Unfollowed, call_of, index_of
+from awqc.capture.wrapped import inline_modes
 from awqc.functional import functionalize
 from awqc.graph import Graph
 from awqc.views import BUFFER, CONSTANT, PARAMETER
@@ -26,6 +28,7 @@ _CHECKS = {
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 }
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def graph_of_program(
@@ -51,6 +54,8 @@ def graph_of_program(
         CaptureError: if the program has shapes that depend on values, writes into what it is given, or holds
             a region that cannot be looked into.
     """
+    inline_modes(program.graph_module)
+    _check_followed(program.graph)
     signature = program.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = dict(signature.inputs_to_lifted_tensor_constants)
@@ -80,13 +85,7 @@ def graph_of_program(
                 env[node] = builder.constant(name, program.constants[target], like)
         elif node.op == "output":
             leaves = _leaves(program, node, env)
-        elif node.op == "get_attr":
-            region = next(iter(node.users))
-            raise CaptureError(
-                f"the forward holds a region that awqc does not look into: {region.target} ({region.name}); "
-                "remove torch.autocast and the like from the forward"
-            )
-        elif node.target not in _CHECKS:
+        else:
             region_call = call_of(node)
             if region_call is not None:
                 operands = [env[n] for n in node.all_input_nodes]
@@ -96,8 +95,6 @@ def graph_of_program(
             else:
                 env[node] = builder.copy(node, env)
     graph = builder.graph([leaf for leaf in leaves if isinstance(leaf, fx.Node)])
-    for node in graph.nodes:
-        _check_static(node)
     functionalize(graph)
     return graph, leaves
 
@@ -112,12 +109,44 @@ def _leaves(program: torch.export.ExportedProgram, node: fx.Node, env: Mapping[f
     return [env[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in found]
 
 
-def _check_static(node: fx.Node) -> None:
+def _check_followed(graph: fx.Graph) -> None:
+    """Raise :class:`Unfollowed` where a traced graph holds what no graph of awqc can."""
+    for node in reversed(graph.nodes):
+        if node.target in _CHECKS and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    reasons = {node: why for node in graph.nodes if (why := _obstacle(node))}
+    together: list[set[fx.Node]] = []
+    for node in reasons:
+        touched = [nodes for nodes in together if not nodes.isdisjoint(node.all_input_nodes)]
+        together = [nodes for nodes in together if nodes not in touched] + [{node}.union(*touched)]
+    if together:
+        stacks = [_modules_of(node) for node in together[0]]
+        shared = zip(*stacks, strict=False)
+        stack = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, shared)]
+        raise Unfollowed(next(why for node, why in reasons.items() if node in together[0]), stack)
+
+
+def _modules_of(node: fx.Node) -> list[str]:
+    """Names of the modules whose forwards were running, outermost first."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [str(path).partition("@")[0] for path, _ in stack]
+
+
+def _obstacle(node: fx.Node) -> str:
+    """Why ``node`` cannot be followed; empty if it can."""
+    if node.op == "get_attr":
+        region = next(iter(node.users))
+        hint = "; remove torch.autocast from the forward" if region.target is wrap_with_autocast else ""
+        what = f"{region.target} ({region.name}){hint}"
+        return f"the forward holds a region that awqc does not look into: {what}"
     for value in tree_flatten(node.meta.get("val"))[0]:
-        symbolic = isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) or (
+        if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return f"{node.target} ({node.name}) runs inside of a torch.func transform"
+        if isinstance(value, _SYMBOLS) or (
             isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)
-        )
-        if symbolic:
-            raise CaptureError(
+        ):
+            return (
                 f"the result of {node.target} ({node.name}) depends on values of tensors, in number or shape"
             )
+    return ""

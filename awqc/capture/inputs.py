@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import key_get, keystr, tree_flatten_with_path  # noqa: F401
 
+from awqc.capture.nests import open_dataclasses
 from awqc.errors import CaptureError
 
 
@@ -19,6 +20,7 @@ def flat_inputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     after the way to them: ``positions_0``.
     """
     found = {}
+    open_dataclasses(dict(inputs))
     for path, leaf in tree_flatten_with_path(dict(inputs))[0]:
         if isinstance(leaf, Tensor):
             found[_name(path)] = leaf

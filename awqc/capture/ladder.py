@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 
 from awqc.capture.eager import as_it_is
+from awqc.capture.nests import open_dataclasses
 from awqc.capture.numerics import check_against_eager
 from awqc.capture.pieces import in_pieces
 from awqc.capture.report import CaptureReport
 from awqc.capture.subject import Subject
 from awqc.capture.tape import tape
-from awqc.capture.traced_regions import NEEDS_VALUES
-from awqc.capture.whole import explicit_arguments, trace, with_arguments, with_patches, with_regions
+from awqc.capture.traced_regions import NEEDS_VALUES, Unfollowed
+from awqc.capture.whole import FEW, explicit_arguments, trace, with_arguments, with_patches, with_regions
 from awqc.errors import CaptureError
 from awqc.graph import Graph
 from awqc.source import ModelSource, named_tensors
@@ -36,6 +37,7 @@ Rung = Callable[[Subject, CaptureError], Graph]
 Purpose = Literal["compile", "analyze"]
 #: The rung without a graph.
 EAGER = "eager"
+REGIONS = "torch.export with regions"
 
 
 def capture(
@@ -64,6 +66,7 @@ def capture(
     Raises:
         CaptureError: if the module does not run on its inputs.
     """
+    open_dataclasses(dict(inputs))
     failures: list[CaptureError] = []
     notes: list[str] = []
     for name, attempt in _rungs(Subject(source, inputs, dtype, device, root), purpose, failures):
@@ -73,6 +76,11 @@ def capture(
         try:
             first = failures[0] if failures else CaptureError("it was not tried")
             graph = attempt(subject, first)
+            if not graph.outputs:
+                raise CaptureError(
+                    f"{type(subject.module).__name__} returns no tensor in a tuple, list, dict or dataclass: "
+                    "nothing says what it computes"
+                )
             graph.facts[CaptureReport] = CaptureReport(name, notes=notes + subject.notes, root=root)
             if checks:
                 names = {id(t): n for n, t in named_tensors(source.module)}
@@ -87,13 +95,20 @@ def capture(
 
 def _rungs(subject: Subject, purpose: Purpose, failures: list[CaptureError]) -> Iterator[tuple[str, Rung]]:
     yield "torch.export", lambda subject, failure: trace(subject)
-    yield "torch.export with regions", with_regions
+    # What went through a trace but is no graph may be what explicit masks do without.
+    late = bool(failures) and isinstance(failures[0], Unfollowed)
+    if not late:
+        yield REGIONS, with_regions
     wants_values = bool(failures) and isinstance(failures[0].__cause__, NEEDS_VALUES)
     for explicit in [] if wants_values else explicit_arguments(subject):
         name = f"torch.export with {' and '.join(explicit)}"
         yield name, lambda subject, failure, explicit=explicit: with_arguments(subject, explicit)  # type: ignore[misc]
+    if late:
+        yield REGIONS, lambda subject, failure: with_regions(subject, failure, most=FEW)
     yield "torch.export with exporter patches", lambda subject, failure: with_patches(subject)
     yield "pieces", lambda subject, failure: in_pieces(subject)
+    if late:
+        yield REGIONS, with_regions
     if purpose == "analyze":
         yield "tape", lambda subject, failure: tape(subject)
     yield EAGER, lambda subject, failure: as_it_is(subject)

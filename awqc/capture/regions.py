@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from awqc.capture.nests import open_dataclasses
 from awqc.capture.tracing import evaluation_mode, reason, same_random
 from awqc.errors import CaptureError
 from awqc.source import named_tensors, swapped_tensors
@@ -39,6 +40,7 @@ class Structure:
     @staticmethod
     def of(value: Any) -> tuple[Structure, list[Tensor]]:
         """The structure of ``value`` and its tensors in order."""
+        open_dataclasses(value)
         leaves, spec = tree_flatten(value)
         slots = tuple(_SLOT if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         return Structure(spec, slots), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -225,8 +227,19 @@ class _LinearCalls(TorchFunctionMode):
         if func is F.linear:
             x, weight = [*args, *(kwargs[k] for k in ("input", "weight")[len(args) :])][:2]
             if id(weight) in self.rows:
-                self.rows[id(weight)].append(x.detach().reshape(-1, x.shape[-1]).clone())
+                x = _outside_of_transforms(x.detach())
+                self.rows[id(weight)].append(x.reshape(-1, x.shape[-1]).clone())
         return func(*args, **kwargs)
+
+
+def _outside_of_transforms(x: Tensor) -> Tensor:
+    """``x`` as it is outside of ``torch.vmap`` and the like, with batches of it in front."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        batch = functorch.maybe_get_bdim(x) if functorch.is_batchedtensor(x) else None
+        x = functorch.get_unwrapped(x)
+        x = x if batch is None else x.movedim(batch, 0)
+    return x
 
 
 class _Float64(TorchFunctionMode):

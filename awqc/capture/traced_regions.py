@@ -6,7 +6,7 @@ innermost module on the stack is made a region, with all others of its class, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,19 @@ def index_of(node: fx.Node) -> int:
     return index
 
 
+class Unfollowed(CaptureError):
+    """A trace went through, and holds what no graph can.
+
+    Args:
+        reason: what, and where.
+        stack: names of the modules, outermost first, in whose forwards all of it happens.
+    """
+
+    def __init__(self, reason: str, stack: Sequence[str]) -> None:
+        super().__init__(reason)
+        self.stack = tuple(stack)
+
+
 class _Unknown(Exception):  # no error: asks for a run outside of the trace
     """A region is called in a way that it was not called in before."""
 
@@ -74,11 +87,14 @@ class TracedRegions:
         paths: names of all modules of the model that is traced.
         dtype: floating-point dtype that the trace computes in; None keeps each tensor's own.
         kinds: the classes that are run as regions.
+        most: how much of the parameters regions may hold, as a share.
     """
 
     paths: dict[nn.Module, str]
     dtype: torch.dtype | None
     kinds: set[type[nn.Module]] = field(default_factory=set)
+    most: float = 1.0
+    _counting: set[type[nn.Module]] = field(default_factory=set)
     _results: dict[Any, Structure] = field(default_factory=dict)
     _tensors: dict[Any, list[Tensor]] = field(default_factory=dict)
 
@@ -112,19 +128,40 @@ class TracedRegions:
 
     def _add_culprit(self, failure: CaptureError, root: nn.Module) -> None:
         cause = failure.__cause__
-        if not isinstance(cause, NEEDS_VALUES):
-            if not self.kinds:
-                raise CaptureError("no module stops the trace for want of values")
+        if isinstance(failure, Unfollowed):
+            running = [root.get_submodule(name) for name in failure.stack]
+        elif isinstance(cause, NEEDS_VALUES):
+            running = running_modules(cause, self.paths)
+        elif self.kinds:
             raise failure
-        culprit = innermost_module(cause)
-        if culprit is None or culprit is root or type(culprit) in self.kinds:
+        else:
+            raise CaptureError("no module stops the trace for want of values")
+        # A module of a kind that is a region already stops it in a method other than its forward.
+        tried = self.kinds | self._counting
+        culprits = [m for m in running if m is not root and type(m) not in tried]
+        if not culprits:
             raise CaptureError("it is the forward of the whole that stops the trace for want of values")
-        self.kinds.add(type(culprit))
+        self.kinds.add(type(culprits[-1]))
+        share = self.share()
+        if share > self.most:
+            names = ", ".join(sorted(kind.__name__ for kind in self.kinds))
+            raise CaptureError(f"{names} would be run as they are, with {share:.0%} of the parameters")
+
+    def share(self) -> float:
+        """How much of the parameters regions hold."""
+        inside = {p for m in self.paths if type(m) in self.kinds for p in m.parameters()}
+        every = {p for m in self.paths for p in m.parameters(recurse=False)}
+        return sum(p.numel() for p in inside) / max(sum(p.numel() for p in every), 1)
 
     def _learn(self, module: nn.Module, arguments: Any) -> None:
         args, kwargs = arguments
         result = result_without_weights(module, args, kwargs, self.dtype)
         structure, tensors = Structure.of(result)
+        if any(isinstance(leaf, (int, float)) for leaf in structure.leaves):
+            # Numbers that come from values would be those of this one run: a module around it is the region.
+            self.kinds.remove(type(module))
+            self._counting.add(type(module))
+            return
         key = _signature(module, args, kwargs)
         self._results[key], self._tensors[key] = structure, [t.to("meta") for t in tensors]
 
@@ -145,14 +182,16 @@ class TracedRegions:
         return forward
 
 
-def innermost_module(error: BaseException) -> nn.Module | None:
-    """The module whose forward was running where ``error`` was raised."""
-    found, traceback = None, error.__traceback__
+def running_modules(error: BaseException, among: Container[nn.Module]) -> list[nn.Module]:
+    """The modules, those of ``among``, whose forwards were running where ``error`` was raised, outermost
+    first."""
+    found, traceback = [], error.__traceback__
     while traceback is not None:
         frame = traceback.tb_frame
-        module = frame.f_locals.get("self")
-        if frame.f_code.co_name == "forward" and isinstance(module, nn.Module):
-            found = module
+        if frame.f_code.co_name == "forward" and frame.f_code.co_varnames:
+            module = frame.f_locals.get(frame.f_code.co_varnames[0])
+            if isinstance(module, nn.Module) and module in among:
+                found.append(module)
         traceback = traceback.tb_next
     return found
 

@@ -17,8 +17,10 @@ import torch._functorch.partitioners  # the first export would load these in the
 import torch.export
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map_only
 
+from awqc.capture.nests import open_dataclasses
 from awqc.errors import CaptureError
 from awqc.source import swapped_tensors
 
@@ -169,12 +171,18 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     # A forward without the argument asks its config.
     configs = {id(c): c for child in before if (c := child.__dict__.get("config")) is not None}
     caching = [c for c in configs.values() if getattr(c, "use_cache", None) is True]
+    # nn.TransformerEncoder has a second way to run, which leaves masked positions out of its result.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    results = register_module_forward_hook(lambda module, args, result: open_dataclasses(result))
     module.eval()
     for config in caching:
         config.use_cache = False
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        results.remove()
         for config in caching:
             config.use_cache = True
         for child, attributes in before.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from awqc.capture.exported import graph_of_program
 from awqc.capture.patches import exporter_patches
 from awqc.capture.subject import Subject
-from awqc.capture.traced_regions import NEEDS_VALUES, TracedRegions
+from awqc.capture.traced_regions import NEEDS_VALUES, TracedRegions, Unfollowed
 from awqc.capture.tracing import Fakes, export
 from awqc.errors import CaptureError
 from awqc.graph import Graph
@@ -19,6 +19,8 @@ from awqc.graph import Graph
 #: Masks, each with the ids that it is about.
 _MASKS = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
 _TYPES = {"token_type_ids": "input_ids"}
+#: Share of the parameters in regions below which no taking apart finds more.
+FEW = 0.25
 
 
 def trace(
@@ -43,17 +45,21 @@ def trace(
 
 
 def with_regions(
-    subject: Subject, failure: CaptureError, explicit: Mapping[str, Tensor] | None = None
+    subject: Subject,
+    failure: CaptureError,
+    explicit: Mapping[str, Tensor] | None = None,
+    most: float = 1.0,
 ) -> Graph:
     """Modules that cannot be traced without values are run as they are.
 
     Args:
         failure: of :func:`trace` without them.
+        most: how much of the parameters they may hold, as a share.
 
     Raises:
         CaptureError: if that does not help.
     """
-    regions = TracedRegions(subject.paths(), subject.dtype)
+    regions = TracedRegions(subject.paths(), subject.dtype, most=most)
     graph: Graph = regions.trace(lambda: trace(subject, explicit, regions), subject.module, failure)
     names = ", ".join(sorted(kind.__name__ for kind in regions.kinds))
     subject.notes.append(f"run as they are: all modules of class {names}")
@@ -69,9 +75,9 @@ def with_arguments(subject: Subject, explicit: Mapping[str, Tensor]) -> Graph:
     try:
         return trace(subject, explicit)
     except CaptureError as failure:
-        if not isinstance(failure.__cause__, NEEDS_VALUES):
+        if not isinstance(failure.__cause__, NEEDS_VALUES) and not isinstance(failure, Unfollowed):
             raise
-        return with_regions(subject, failure, explicit)
+        return with_regions(subject, failure, explicit, FEW if isinstance(failure, Unfollowed) else 1.0)
 
 
 def with_patches(subject: Subject) -> Graph:

@@ -223,3 +223,90 @@ def test_a_long_loop_is_calibrated_in_short_pieces(monkeypatch: pytest.MonkeyPat
     length = int(note.split()[-2])
     assert 16 < length < 96
     assert all(g.tokens + g.held_out_tokens == 4 * (96 // length) * length for g in report.groups.values())
+
+
+class Sizes(nn.Module):
+    """How many rows each expert serves, as numbers: its results are no tensors alone."""
+
+    def forward(self, chosen: Tensor) -> list[int]:
+        counted: list[int] = torch.bincount(chosen, minlength=2).tolist()
+        return counted
+
+
+class Dealer(nn.Module):
+    """Experts on pieces whose sizes another module has counted. Its first argument has a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.sizes = linear(outputs=2), Sizes()
+        self.experts = nn.ModuleList([linear(), linear()])
+
+    def forward(me, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        chosen, order = me.router(flat).argmax(-1).sort()
+        pieces = flat[order].split(me.sizes(chosen))
+        served = torch.cat([expert(piece) for expert, piece in zip(me.experts, pieces, strict=True)])
+        return torch.zeros_like(flat).index_copy(0, order, served).view(x.shape)
+
+
+class Fork(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = linear(), linear()
+
+    def forward(this, x: Tensor) -> Tensor:
+        return this.left(x) if x.sum() > 0 else this.right(x)
+
+
+def around(body: nn.Module) -> Net:
+    """``body`` in the middle of a block, with linears before and after it that have groups."""
+
+    def compute(m: Net, x: Tensor) -> Tensor:
+        x = x + m.second(torch.relu(m.first(m.norm(x))))
+        return m.last(m.final(x + m.body(x)))
+
+    return Net(compute, norm=norm(), first=linear(), second=linear(), body=body, final=norm(), last=linear())
+
+
+@pytest.mark.parametrize("kind", [Dealer, Fork])
+def test_a_region_is_the_smallest_module_that_holds_the_values(kind: type[nn.Module]) -> None:
+    found = awqc.analyze(around(kind()), inputs())
+    assert found.capture.rung == "torch.export with regions"
+    assert found.capture.notes[-1] == f"run as they are: all modules of class {kind.__name__}"
+    grouped = {name for group in found.groups for name in group.linears}
+    assert grouped == {"first.weight", "second.weight", "last.weight"}
+    assert found.prove(inputs()) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [Dealer, Fork])
+def test_a_root_that_needs_values_is_analyzed_all_the_same(kind: type[nn.Module]) -> None:
+    found = awqc.analyze(kind(), inputs())
+    assert found.groups == []
+    assert found.linears
+
+
+def test_linears_under_vmap_are_seen_with_all_their_rows() -> None:
+    def compute(m: Net, x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: m.second(torch.relu(m.first(row))), in_dims=1, out_dims=1)(x)
+
+    class Mapped(Net):
+        """A class of its own, since a region is made of all modules of a class."""
+
+    body = Mapped(compute, first=linear(), second=linear())
+    found = awqc.analyze(around(body), inputs())
+    assert {"body.first.weight", "body.second.weight"} <= set(found.linears)
+    assert len(found.groups) == 3
+    compiled = awqc.compile(around(body), [inputs()] * 2, config=awqc.QuantConfig(bits=8, group_size=WIDTH))
+    with torch.no_grad():
+        assert relative_error(compiled(**inputs()), around(body)(**inputs())) < 0.05
+
+
+def test_masked_positions_of_an_encoder_do_not_stop_a_trace() -> None:
+    """The second way that nn.TransformerEncoder has of running is left out of account."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+    found = awqc.analyze(encoder, {"src": inputs()["x"], "src_key_padding_mask": padding})
+    assert found.capture.rung == "torch.export"
+    assert "layers.0.self_attn.in_proj_weight" in found.linears
+    assert torch.backends.mha.get_fastpath_enabled()
