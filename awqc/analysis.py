@@ -105,7 +105,8 @@ def analyze(
     batch = example_inputs(source.module) if inputs is None else inputs
     batch = token_batch(batch, source.module) if isinstance(batch, Tensor) else dict(batch)
     check_root(source.module, root)
-    weights = Weights(source.names(), source.read, None, "cpu", aliases(source.module))
+    named = aliases(source.module)
+    weights = Weights(source.names(), source.read, None, "cpu", named, source.buffers())
     given, other = arguments_of(source, root, [batch, other_inputs(batch)], weights)
     checks = {"inputs": given, "reversed": other} if source.has_values else None
     graph = capture(source, given, None, root=root, checks=checks, purpose="analyze")

@@ -143,11 +143,7 @@ class _Preparation:
     def _arguments(self, batches: Sequence[Batch], root: str) -> list[dict[str, Any]]:
         source = self.source
         weights = Weights(
-            [name for name, _ in named_tensors(source.module)],
-            source.read,
-            torch.float32,
-            self.device,
-            aliases(source.module),
+            source.names(), source.read, torch.float32, self.device, aliases(source.module), source.buffers()
         )
         return arguments_of(source, root, batches, weights)
 

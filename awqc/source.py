@@ -109,6 +109,10 @@ class ModelSource:
         """Names of all parameters and buffers, one per storage."""
         return [name for name, _ in named_tensors(self.module)]
 
+    def buffers(self) -> list[str]:
+        """Those of :meth:`names` that are no parameters."""
+        return [name for name, t in named_tensors(self.module) if not isinstance(t, nn.Parameter)]
+
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer in a model directory; code that the directory may hold is not run.

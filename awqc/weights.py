@@ -82,8 +82,9 @@ class Weights:
         dtype: floating-point tensors are handed out in this dtype; None keeps the source's.
         device: where values are handed out.
         aliases: other names of a tied tensor -> the name used in the graph.
+        buffers: names of tensors that are no parameters: masks, bounds and the like.
 
-    Reading a parameter that holds NaN or Inf raises :class:`NonFiniteError`.
+    Reading a parameter that holds NaN or Inf raises :class:`NonFiniteError`; a buffer may hold them.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Weights:
         dtype: torch.dtype | None = torch.float32,
         device: torch.device | str = "cpu",
         aliases: Mapping[str, str] | None = None,
+        buffers: Iterable[str] = (),
     ) -> None:
         self.names = list(names)
         self.dtype, self.device = dtype, torch.device(device)
@@ -102,7 +104,7 @@ class Weights:
         self._changed: Store = Memory()
         self._parts: dict[str, tuple[str, Field]] = {}
         self._resident: dict[str, Tensor] = {}
-        self._finite: set[str] = set()
+        self._finite: set[str] = set(buffers)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._resident:

@@ -262,3 +262,15 @@ def test_an_empty_parameter_is_no_handle() -> None:
         none=nn.Parameter(torch.ones(WIDTH, 0)),
     )
     assert awqc.analyze(net, inputs()).prove(inputs()) < 1e-9
+
+
+def test_a_buffer_may_hold_infinity() -> None:
+    """Masks that are added to scores do."""
+    mask = torch.full((3, 3), float("-inf")).triu(1)
+    net = Net(
+        lambda m, x: m.out(torch.softmax(m.q(x) @ x.mT + m.mask, -1) @ m.v(m.norm(x))),
+        norm=norm(), q=linear(), v=linear(), out=linear(), mask=mask,
+    )  # fmt: skip
+    assert len(awqc.analyze(net, inputs()).groups) == 2
+    compiled = awqc.compile(net, [inputs()] * 2, config=awqc.QuantConfig(bits=8, group_size=WIDTH))
+    assert bool(torch.isfinite(compiled(**inputs())).all())

@@ -23,6 +23,8 @@ from awqc.errors import CaptureError
 from awqc.source import named_tensors, swapped_tensors
 
 _SLOT = object()
+#: Products of sorted rows with the weights of experts, where torch has them.
+_GROUPED = {f for f in (getattr(torch, "_grouped_mm", None), getattr(F, "grouped_mm", None)) if f}
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,10 @@ class _Float64(TorchFunctionMode):
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             func = Tensor.double
         args, kwargs = tree_map(wide, (args, dict(kwargs or {})))
+        if func in _GROUPED:  # torch's own knows no float64
+            x, stack, *rest = args
+            offsets = rest[0] if rest else kwargs["offs"]
+            return torch.ops.awqc.grouped_linear(x, stack.mT, offsets)
         return func(*args, **kwargs)
 
 

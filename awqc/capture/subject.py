@@ -48,7 +48,8 @@ class Subject:
     def weights(self) -> Weights:
         """All tensors of the model, read when they are needed."""
         source = self.source
-        return Weights(source.names(), source.read, self.dtype, self.device, aliases(source.module))
+        named = aliases(source.module)
+        return Weights(source.names(), source.read, self.dtype, self.device, named, source.buffers())
 
     def builder(self) -> Builder:
         """An empty graph."""

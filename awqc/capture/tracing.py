@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import inspect
 import io
@@ -18,7 +19,7 @@ import torch.export
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from awqc.capture.nests import open_dataclasses
 from awqc.errors import CaptureError
@@ -26,6 +27,7 @@ from awqc.source import swapped_tensors
 
 #: Forward arguments that would make the graph stateful or its output a tuple.
 _SETTINGS = {"use_cache": False}
+_RESULTS = (Tensor, int, float, bool, str, torch.SymInt, torch.SymFloat, torch.SymBool)
 #: What torch.export says on its way to an exception, which is all that a rung of the ladder needs.
 _LOUD = ("torch.export._trace", "torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
@@ -88,6 +90,7 @@ def export(
     fake_args, fake_kwargs = fakes.inputs((tuple(args), dict(kwargs)))
     with evaluation_mode(module), swapped_tensors(module, fakes.weight), torch.no_grad():
         prepare()
+        _only_known_results(module)
         try:
             with quick_tracing(), _quiet(), _no_idle_casts():
                 return torch.export.export(module, fake_args, fake_kwargs, strict=False)
@@ -97,6 +100,19 @@ def export(
             raise CaptureError(
                 f"{type(module).__name__} could not be traced by torch.export: {reason(error)}"
             ) from error
+
+
+def _only_known_results(module: nn.Module) -> None:
+    """Let the forward of ``module`` return None for what torch.export does not take, such as caches."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def known(*args: Any, **kwargs: Any) -> Any:
+        result = forward(*args, **kwargs)
+        open_dataclasses(result)
+        return tree_map(lambda leaf: leaf if isinstance(leaf, _RESULTS) else None, result)
+
+    module.__dict__["forward"] = known
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import awqc
 from awqc.capture import capture, relative_error
+from awqc.capture.regions import in_float64
 from awqc.capture.scans import longest, reads_steps
 from awqc.errors import CaptureError
 from awqc.graph import Graph
@@ -276,6 +277,16 @@ def test_a_region_is_the_smallest_module_that_holds_the_values(kind: type[nn.Mod
     grouped = {name for group in found.groups for name in group.linears}
     assert grouped == {"first.weight", "second.weight", "last.weight"}
     assert found.prove(inputs()) < 1e-9
+
+
+def test_a_grouped_product_in_a_region_is_as_precise_as_a_proof() -> None:
+    """torch's own knows no float64."""
+    x, stack = torch.randn(6, 16), torch.randn(2, 24, 16)
+    ends = torch.tensor([2, 6], dtype=torch.int32)
+    expected = torch.cat([x[:2].double() @ stack[0].double().t(), x[2:].double() @ stack[1].double().t()])
+    with in_float64():
+        found = F.grouped_mm(x.double(), stack.double().mT, offs=ends)
+    assert relative_error(found, expected) < 1e-15
 
 
 @pytest.mark.parametrize("kind", [Dealer, Fork])
