@@ -3,17 +3,19 @@
     python benchmarks/gpu_check.py --out DIR                  # about 100 s: tests, 2000 shapes, times
     python benchmarks/gpu_check.py --long --out DIR --model DIR   # about 5 minutes: see long() below
 
-Checks of correctness run side by side, what is timed afterwards. Every part has a time limit and a log in
-``--out``; at the end stands a table with the last line of each log, and the failures in full below it.
+Checks of correctness run side by side, what is timed afterwards. Every part has a time limit and a log; at
+the end stand failures, times, and a table with the last line of each log.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +142,17 @@ def long(model: str | None) -> list[Part]:
     return parts
 
 
+def _command(part: Part) -> list[str]:
+    """What starts ``part``, or says why it cannot be started."""
+    if not part.tool:
+        return [sys.executable, *part.arguments]
+    name, *options = part.tool
+    tool = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    if tool is None:
+        return [sys.executable, "-c", f"raise SystemExit({name + ' is not installed'!r})"]
+    return [tool, *options, sys.executable, *part.arguments]
+
+
 class Run:
     """A part in its process, from start to end."""
 
@@ -153,7 +166,7 @@ class Run:
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*part.tool, sys.executable, *part.arguments],
+                _command(part),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
@@ -207,19 +220,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--long", action="store_true", help="the checks that take minutes instead")
     parser.add_argument("--model", help="a model directory whose generated text is compared (--long)")
-    parser.add_argument("--only", help="parts whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts whose name contains one of these")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 4), help="parts at a time")
     parser.add_argument("--seconds", type=float, help="stop everything after so long")
-    parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder for logs")
+    parser.add_argument("--out", type=Path, help="folder for logs.txt, all logs in one file")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="gpu_check-"))
     parts = long(options.model) if options.long else quick()
-    parts = [part for part in parts if not options.only or options.only in part.name]
+    parts = [part for part in parts if any(wanted in part.name for wanted in options.only)]
     began = time.monotonic()
-    done = run(
-        parts, options.out, options.workers, began + (options.seconds or (420 if options.long else 150))
-    )
+    done = run(parts, folder, options.workers, began + (options.seconds or (420 if options.long else 150)))
     bad = [one for one in done if one.result != "ok"]
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        logs = [f"=== {one.part.name}: {one.result}\n" + "\n".join(one.text()) for one in done]
+        (options.out / "logs.txt").write_text("\n\n".join(logs))
     for one in bad:
         print(f"\n--- {one.part.name}: {one.result}")
         failures = [line for line in one.text() if line.startswith(("FAILED", "E  ", "ERROR"))]
