@@ -162,6 +162,13 @@ class QuantizedWeight:
         )
 
 
+def without_values(rows: Sequence[int], in_features: int, scheme: Scheme) -> QuantizedWeight:
+    """A weight ``(*rows, K)`` on ``meta``: what needs only shapes takes it as any other."""
+    codes = torch.empty(*rows, in_features, dtype=torch.uint8, device="meta")
+    scales = torch.empty(*rows, scheme.groups(in_features), dtype=torch.float16, device="meta")
+    return QuantizedWeight(codes, scales, scales.to(torch.uint8), scheme)
+
+
 def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """One weight ``(E, N, K)`` of E weights ``(N, K)`` that share a scheme."""
     codes, scales, zeros = (

@@ -65,6 +65,10 @@ class Launch:
         """Bytes that are moved."""
         return self.reads + self.writes
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; without the code."""
+        return {key: value for key, value in vars(self).items() if key != "code"} | {"bytes": self.bytes}
+
 
 Describe = Callable[..., list[Launch]]
 _DESCRIPTIONS: dict[Callable[..., Any], Describe] = {}

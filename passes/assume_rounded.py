@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.pipeline import Pass
-from awqc.quantized import QuantizedWeight, Scheme
+from awqc.quantized import Scheme, without_values
 from awqc.schemes import Schemes
 from awqc.views import ExpertLinear, Linear, expert_linears, linears
 from awqc.weights import Rounded
@@ -44,8 +42,5 @@ class AssumeRounded(Pass):
                 continue
             row.decision, row.reason, row.scheme = "quantized", "", str(known)
             count = (view.count,) if isinstance(view, ExpertLinear) else ()
-            rows, k = (*count, view.out_features), view.in_features
-            codes = torch.empty(*rows, k, dtype=torch.uint8, device="meta")
-            scales = torch.empty(*rows, known.groups(k), dtype=torch.float16, device="meta")
-            weight = QuantizedWeight(codes, scales, scales.to(torch.uint8), known)
+            weight = without_values((*count, view.out_features), view.in_features, known)
             graph.weights[view.parameter] = Rounded(weight, view.transposed)

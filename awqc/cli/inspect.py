@@ -117,7 +117,7 @@ def inspect(
         from awqc.cli.views import linear as linear_view
         from awqc.inspection.outline import find_hardware
 
-        linear_view.show(model, linear, find_hardware(on, device), json)
+        linear_view.show(model, linear, find_hardware(on, device), tokens or _KERNEL_TOKENS, json)
     elif what in ("after", "change", "diff"):
         from awqc.cli.views import passes
         from awqc.config import QuantConfig

@@ -105,11 +105,7 @@ class Cost:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         plain = {k: v for k, v in vars(self).items() if k != "launches"}
-        kernels = [
-            {k: v for k, v in vars(one).items() if k != "code"} | {"bytes": one.bytes}
-            for one in self.launches
-        ]
-        return plain | {"moved": self.moved, "launches": kernels}
+        return plain | {"moved": self.moved, "launches": [one.as_dict() for one in self.launches]}
 
 
 def costs(subject: Subject, rates: Rates | None = None) -> list[Cost]:

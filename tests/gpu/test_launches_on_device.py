@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from awqc.kernels import extension
 from awqc.kernels.cuda_launch import CudaKernel
 from awqc.kernels.hardware import hardware
 from awqc.kernels.launch import launches
@@ -23,6 +24,8 @@ pytestmark = [
 def test_descriptions(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, device = kernels("qlinear")[name], torch.device("cuda", 0)
     n, k, dtype = 1536, 2048, torch.float16
+    if name == "Marlin" and extension.loaded() is not None:
+        pytest.skip("the compiled host side launches unseen: AWQC_EXTENSION=0 leaves it out")
     if reason := kernel.legal(n, k, 4, 128, dtype, device):
         pytest.skip(reason)
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
@@ -33,7 +36,7 @@ def test_descriptions(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -
     launch = CudaKernel.launch
 
     def recorded(self: CudaKernel, grid: Any, block: Any, args: Any) -> None:
-        seen.append((tuple(grid), tuple(block), self._shared))
+        seen.append((tuple(grid), tuple(block), self.shared))
         launch(self, grid, block, args)
 
     monkeypatch.setattr(CudaKernel, "launch", recorded)

@@ -50,6 +50,13 @@ def test_backends_say_why(report: Report) -> None:
     assert next(iter(there)) == "marlin"
 
 
+def test_the_kernel_for_so_many_tokens(report: Report) -> None:
+    (few,), (many,) = (history(report, NAME, find_hardware(None), m).launches for m in (1, 9))
+    assert (few.kernel, many.kernel) == ("aten._weight_int4pack_mm_for_cpu", "aten.linear (bfloat16 copy)")
+    (gpu,) = history(report, NAME, find_hardware("h200")).launches
+    assert gpu.kernel == "marlin_small.cu:small"
+
+
 def test_a_linear_in_float(report: Report) -> None:
     found = history(report, "lm_head", find_hardware(None))
     assert (found.row.decision, found.backends, found.row.steps) == ("kept", {}, [])

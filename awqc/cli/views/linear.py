@@ -14,6 +14,7 @@ from awqc.inspection.history import History, history
 from awqc.inspection.outline import Hardware
 from awqc.page.sources import read_report
 from awqc.report import GroupRow, LinearRow
+from awqc.tables import size
 
 #: Width of the bars of the loss curve.
 _BAR = 40
@@ -25,9 +26,9 @@ _STEPS = {
 }
 
 
-def show(model: Path, name: str, at: Hardware, json: bool) -> None:
+def show(model: Path, name: str, at: Hardware, tokens: int, json: bool) -> None:
     """Print it."""
-    found = history(read_report(model), name, at)
+    found = history(read_report(model), name, at, tokens)
     if json:
         print_json(found.as_dict())
         return
@@ -50,6 +51,8 @@ def _parts(found: History) -> Iterator[Table | Text | str]:
     if found.backends:
         yield ""
         yield _backends(found)
+        yield ""
+        yield _kernels(found)
 
 
 def _grid() -> Table:
@@ -140,4 +143,21 @@ def _backends(found: History) -> Table:
     taken = next((name for name, why in found.backends.items() if why is None), None)
     for name, why in found.backends.items():
         table.add_row(name, why or ("takes it" if name == taken else "could run it too"))
+    return table
+
+
+def _kernels(found: History) -> Table:
+    plural = "s" if found.tokens > 1 else ""
+    title = f"Kernels for {found.tokens} token{plural} on {found.hardware.name}"
+    table = _titled(title, "kernel", ">grid x block", ">shared", ">read", ">written", "cut")
+    for launch in found.launches:
+        grid = "x".join(map(str, launch.grid))
+        table.add_row(
+            launch.kernel,
+            f"{grid} x {launch.block[0]}" if launch.grid else "",
+            size(launch.shared) if launch.shared else "",
+            size(launch.reads),
+            size(launch.writes),
+            ", ".join(f"{key} {value}" for key, value in launch.config.items()),
+        )
     return table
