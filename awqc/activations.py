@@ -8,11 +8,15 @@ only then do the tokens move on through the new weights. Nothing is ever run twi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten
 
 from awqc.context import Context
 from awqc.dispatch import Rerouting, choice
@@ -22,11 +26,13 @@ from awqc.functional import rewrites
 from awqc.graph import Env, Graph, execute
 from awqc.groups import ScaleGroup, ScaleGroups
 from awqc.input_statistics import InputStatistics, split_sample
+from awqc.memory import activations_place, choose_kinds
 from awqc.op import op_name
 from awqc.products import propagation_dtype, rounded_linears
+from awqc.samples import Samples
 from awqc.stages import Observer, Stage, Stages
 from awqc.statistics import Statistics
-from awqc.views import ExpertLinear, expert_linears, linears
+from awqc.views import ExpertLinear, expert_linears, linears, shape
 from awqc.weights import Weights
 
 
@@ -43,7 +49,7 @@ class Activations:
     graph: Graph
     stages: Stages
     context: Context
-    samples: list[Env] = field(default_factory=list)
+    samples: Samples = field(init=False)
     #: every value of the first sample that a later check may need
     history: Env = field(default_factory=dict)
     #: What was done to the samples since somebody last cleared it: (name of a group, scales) where they were
@@ -67,14 +73,29 @@ class Activations:
                 f"{ranks.count} processes and {count} calibration samples: each process needs one, so start "
                 "fewer"
             )
-        self._position = 0
+        #: Where the samples have come to, and the position that their values are of: it lies behind where
+        #: what is live there would take too much memory. Then it is computed anew when it is needed.
+        self._position = self._held = 0
         self._rerouted = self._rerouting() if self.context.config.calibrate_all_experts else {}
         self._run_static()
-        self.samples = [
-            {n: batch[str(n.target)].to(self.graph.weights.device) for n in self.graph.inputs}
-            for batch in self.context.ranks.mine(self.context.batches)
-        ]
+        mine, limit = ranks.mine(self.context.batches), self.context.limit
+        place, self._allowed = activations_place(self._narrowest(), limit, weights.device)
+        if place != "device":
+            self.context.report.note("calibration", f"activations are kept on the {place} between stages")
+        self.samples = Samples(len(mine), weights.device, place, self.context.scratch)
+        for index, batch in enumerate(mine):
+            self.samples[index] = {n: batch[str(n.target)].to(weights.device) for n in self.graph.inputs}
         self._move(self.stages.stages[0].start if self.stages.stages else 0)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of samples on the device."""
+        held = self._bytes(self._held)
+        return (
+            held
+            if self.samples.place == "device"
+            else 2 * held // -(-len(self.context.batches) // self.context.ranks.count)
+        )
 
     def advance(self, stage: Stage) -> None:
         """Run ``stage`` on every sample with the current weights; a second call does nothing."""
@@ -90,20 +111,26 @@ class Activations:
         """
         statistics = Statistics()
         device, config = self.graph.weights.device, self.context.config
-        for observer in stage.observers:
+        group = config.group_size
+        kinds = choose_kinds(stage.observers, self.context.limit, device, group, True, self.resident)
+        for observer, kind in zip(stage.observers, kinds, strict=True):
+            tokens = math.prod(shape(observer.node)[:-1]) * len(self.context.batches)
             if observer.linears:
                 width = observer.linears[0].in_features
-                statistics[observer.node] = InputStatistics.empty(width, device)
+                statistics[observer.node] = InputStatistics.empty(width, device, kind, group, tokens)
             if observer.stacks:
-                by_expert = ExpertStatistics(observer.stacks[0], config.min_expert_tokens, device)
+                view, least = observer.stacks[0], config.min_expert_tokens
+                by_expert = ExpertStatistics(view, least, device, kind, group, tokens)
                 statistics.by_expert[observer.node] = by_expert
+            statistics.kinds[observer.node] = kind
         routed = [s.view for s in statistics.by_expert.values() if s.view not in self._rerouted]
         dispatched = [node for view in routed for node in (view.x, view.offsets) if node is not None]
         ranks, count = self.context.ranks, len(self.context.batches)
+        calls = self._calls_behind([*statistics, *dispatched])
         for start in range(0, count, ranks.count):
             # One sample of each process; at the end some have none left.
             sample = self.samples[start // ranks.count] if start + ranks.rank < count else None
-            values = {} if sample is None else self.evaluate([*statistics, *dispatched], sample)
+            values = {} if sample is None else self.evaluate([*statistics, *dispatched], sample, calls=calls)
             for node, found in statistics.items():
                 width = found.mean_abs.shape[0]
                 x = found.mean_abs.new_empty(0, width) if sample is None else values[node].reshape(-1, width)
@@ -122,6 +149,8 @@ class Activations:
                 total = found.mean_abs.sum() + found.gram.diagonal().sum() + found.held_out.diagonal().sum()
                 if not bool(torch.isfinite(total)):
                     self._raise_non_finite(observer)
+        if "offloaded" in kinds:
+            statistics.offload()
         return statistics
 
     def _gathered(
@@ -139,6 +168,12 @@ class Activations:
             for each, rows in zip(sizes, joined, strict=True)
         ]
 
+    def _calls_behind(self, wanted: Iterable[fx.Node]) -> Mapping[fx.Node, Callable[..., Any]]:
+        """What to call for linears whose results are not held, though the samples have passed them."""
+        if self._held == self._position:
+            return {}
+        return rounded_linears(self._missing(wanted, {**self._static, **self.samples[0]}), self._dtype)
+
     def _expert_rows(self, view: ExpertLinear, values: Env, sample: Env) -> Iterable[tuple[int, Tensor]]:
         if view in self._rerouted:
             return self._rerouted[view].rows(sample, self.evaluate)
@@ -150,18 +185,24 @@ class Activations:
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``: values computed before it are divided alike."""
         self.events.append((group.name, scales))
-        for env in [*self.samples, self.history]:
-            for node in list(env):
-                divisor = group.scale_of(node, scales, env)
-                if divisor is not None:
-                    env[node] = env[node] / divisor.to(env[node].dtype)
+        for index, sample in enumerate(self.samples):
+            if _divide(sample, group, scales):
+                self.samples[index] = sample
+        _divide(self.history, group, scales)
 
-    def evaluate(self, wanted: Iterable[fx.Node], known: Env, weights: Weights | None = None) -> Env:
+    def evaluate(
+        self,
+        wanted: Iterable[fx.Node],
+        known: Env,
+        weights: Weights | None = None,
+        calls: Mapping[fx.Node, Callable[..., Any]] = MappingProxyType({}),
+    ) -> Env:
         """Values of ``wanted``, computed from ``known`` and the current weights (or ``weights``) where
-        they are missing."""
+        they are missing; ``calls`` as for :func:`awqc.graph.execute`."""
         wanted = list(wanted)
         env = {**self._static, **known}
-        execute(self._missing(wanted, env), env, weights or self.graph.weights, keep=[*wanted, *known])
+        values = weights or self.graph.weights
+        execute(self._missing(wanted, env), env, values, keep=[*wanted, *known], calls=calls)
         return {node: env[node] for node in wanted}
 
     def _missing(self, wanted: Iterable[fx.Node], env: Env) -> list[fx.Node]:
@@ -199,7 +240,11 @@ class Activations:
         return found
 
     def _move(self, end: int) -> None:
-        start, self._position = self._position, end
+        start, self._position = self._held, end
+        if self._held and self._bytes(self._held) < self._bytes(end) > self._allowed:
+            self.context.report.note("calibration", "wide activations are computed twice to save memory")
+            return
+        self._held = end
         run = [
             n
             for n in self._nodes[start:end]
@@ -216,6 +261,17 @@ class Activations:
                 self.history.update({n: env[n] for n in (*sample, *run) if n not in self.weight_only})
             self.samples[index] = {n: env[n] for n in keep if n not in self._static}
         self._prune_history(end)
+
+    def _bytes(self, position: int) -> int:
+        """Of everything live at ``position``, for all samples."""
+        live = [n.meta["val"] for n in self._live(position) if n not in self._static]
+        one = sum(t.nbytes for value in live for t in tree_flatten(value)[0] if isinstance(t, Tensor))
+        # The same in every process, whichever has one more.
+        return one * -(-len(self.context.batches) // self.context.ranks.count)
+
+    def _narrowest(self) -> int:
+        """Bytes where least is live between two stages."""
+        return min((self._bytes(stage.start) for stage in self.stages), default=0)
 
     def _live(self, position: int) -> list[fx.Node]:
         order, pinned = self._order, self._pinned(position)
@@ -269,10 +325,12 @@ class Activations:
                 if bool(bad.any()):
                     found.append(node)
 
+        weights = self.graph.weights.like(self.graph.weights.dtype)
+        weights.streamed = True  # from the first layer on, though all may not fit
         for index, batch in enumerate(self.context.batches):
-            env: Env = {n: batch[str(n.target)].to(self.graph.weights.device) for n in self.graph.inputs}
+            env: Env = {n: batch[str(n.target)].to(weights.device) for n in self.graph.inputs}
             upto = self._nodes[: self._order[observed] + 1]
-            execute(upto, env, self.graph.weights, keep=[observed], tap=watch)
+            execute(upto, env, weights, keep=[observed], tap=watch)
             if found:
                 node = found[0]
                 raise NonFiniteError(
@@ -284,6 +342,16 @@ class Activations:
             f"the values of {observed.name!r}, the input of {observer.name!r}, are too large to square in "
             "float32: check the weights before it"
         )
+
+
+def _divide(env: Env, group: ScaleGroup, scales: Tensor) -> bool:
+    """Divide the values in ``env`` that ``scales`` divide; whether there are any."""
+    found = False
+    for node in list(env):
+        divisor = group.scale_of(node, scales, env)
+        if divisor is not None:
+            env[node], found = env[node] / divisor.to(env[node].dtype), True
+    return found
 
 
 def weight_only(graph: Graph) -> set[fx.Node]:

@@ -89,6 +89,7 @@ def _finish(job: Job) -> CompiledModel:
         tensors = {n: shared[n] if n in shared else weights[n] for n in names}
         return LoweredGraph(tensors, graph.fx, [*lowered, *stacks])
 
+    # A function, so that a deep copy of the model does not copy the job.
     compilation = Compilation(source, report, lambda: job.record(), lowered_graph, job.context.batches[0])
     gone = {f"{name}.{part}" for name in lowered for part in ("weight", "bias")} | set(stacks)
     compiled = assemble(module, _dense_tensors(source, weights, gone), lowered, stacks, compilation)

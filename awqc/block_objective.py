@@ -51,7 +51,7 @@ class BlockObjective:
         self._activations = activations
         self._weights = graph.weights
         self._target = meeting_point(graph, readers)
-        self._samples = activations.samples[:samples]
+        self._samples = [activations.samples[i] for i in range(min(samples, len(activations.samples)))]
         self._expected = [self._run(sample, graph.weights) for sample in self._samples]
 
     def loss(self, replaced: Mapping[str, Tensor]) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import Tensor
 
 from awqc.config import QuantConfig
+from awqc.memory import MemoryLimit
 from awqc.ranks import Ranks, current
 from awqc.report import Report
 
@@ -53,6 +55,8 @@ class Context:
         progress: how long loops show themselves.
         stage: the stage being processed by stage passes.
         probe: the same forward at a small shape, on which passes over the whole graph are checked.
+        limit: of the memory that may be used.
+        scratch: directory for what does not fit in memory; the system's by default.
         journal: where finished stages are committed, and replayed from; None keeps everything in memory.
         ranks: the processes among which tokens and searches are divided.
     """
@@ -65,3 +69,5 @@ class Context:
     probe: Probe | None = None
     journal: Journal | None = None
     ranks: Ranks = field(default_factory=current)
+    limit: MemoryLimit = field(default_factory=MemoryLimit)
+    scratch: Path | None = None

@@ -174,6 +174,7 @@ def execute(
         calls: what to call for a node instead of its op.
     """
     nodes = [n for n in nodes if n.op == "call_function"]
+    done = _last_reads(nodes) if isinstance(weights, Weights) and weights.streamed else {}
     last: dict[fx.Node, fx.Node] = {}
     if keep is not None:
         kept = set(keep)
@@ -196,11 +197,24 @@ def execute(
             env[node] = call(*args, **kwargs)
             if tap is not None:
                 tap(node, env[node])
+            if node in done and isinstance(weights, Weights):
+                del args, kwargs
+                for name in done[node]:
+                    weights.drop(name)
             if keep is not None:
                 for operand in free.get(node, ()):
                     env.pop(operand, None)
                 if node not in last and node not in kept:
                     env.pop(node, None)
+
+
+def _last_reads(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[str]]:
+    """Nodes -> the parameters that none of ``nodes`` reads after them."""
+    last = {operand: node for node in nodes for operand in node.all_input_nodes if operand.op == "get_attr"}
+    found: dict[fx.Node, list[str]] = {}
+    for operand, node in last.items():
+        found.setdefault(node, []).append(str(operand.target))
+    return found
 
 
 def live_after(graph: Graph, position: int, outputs: Iterable[fx.Node] = ()) -> list[fx.Node]:

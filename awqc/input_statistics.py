@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from awqc.grams import Gram, SampledGram
+from awqc.memory import SAMPLED_ROWS, Kind
 from awqc.ranks import Ranks
 
 ALONE = Ranks()
@@ -22,28 +25,42 @@ class InputStatistics:
     """What is known of one activation ``x`` over the calibration tokens.
 
     Args:
-        gram: ``(K, K)`` sum of ``x x^T`` over the tokens that searches may use, float32.
+        gram: ``(K, K)`` sum of ``x x^T`` over the tokens that searches may use, float32; it may be on the
+            host, or a :class:`~awqc.grams.SampledGram` where a limit of memory does not allow for it.
         held_out: ``(K, K)`` the same over tokens that searches never see.
         mean_abs: ``(K,)`` mean of ``|x|`` over the search tokens.
         tokens, held_out_tokens: how many of each.
         share: what share of ``gram`` is due to these tokens, where it is borrowed from a larger set.
     """
 
-    gram: Tensor
-    held_out: Tensor
+    gram: Gram
+    held_out: Gram
     mean_abs: Tensor
     tokens: int = 0
     held_out_tokens: int = 0
     share: float = 1.0
 
     @staticmethod
-    def empty(width: int, device: torch.device) -> InputStatistics:
-        """Sums over no tokens of an activation of ``width`` channels."""
+    def empty(
+        width: int, device: torch.device, kind: Kind = "full", group: int = -1, tokens: int = 0
+    ) -> InputStatistics:
+        """Sums over no tokens of an activation of ``width`` channels.
 
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.float32, device=device)
+        Args:
+            kind: how Gram matrices are held.
+            group: input channels that share a scale, where they are sampled.
+            tokens: how many are to come, where they are sampled.
+        """
 
-        return InputStatistics(zeros(width, width), zeros(width, width), zeros(width))
+        def gram(share: float) -> Gram:
+            if kind == "sampled":
+                count = math.ceil(tokens * share)
+                return SampledGram.empty(width, group, SAMPLED_ROWS, count, device)
+            return torch.zeros(width, width, dtype=torch.float32, device=device)
+
+        held_out = 1 / HELD_OUT_EVERY
+        mean = torch.zeros(width, dtype=torch.float32, device=device)
+        return InputStatistics(gram(1.0 if kind != "sampled" else 1 - held_out), gram(held_out), mean)
 
     def add(self, x: Tensor, held_out: bool, ranks: Ranks = ALONE) -> None:
         """Account for activations ``(tokens, K)``; of the Gram matrix only for the blocks of this rank."""
@@ -59,19 +76,42 @@ class InputStatistics:
     def finish(self, ranks: Ranks = ALONE) -> None:
         """Complete the symmetric halves and turn sums into means."""
         for gram in (self.gram, self.held_out):
+            if isinstance(gram, SampledGram):
+                continue  # whole in every rank
             ranks.add(gram)  # where one rank has a block, the others have zeros
             for i in range(GRAM_BLOCK, len(gram), GRAM_BLOCK):
                 gram[i:, i - GRAM_BLOCK : i] = gram[i - GRAM_BLOCK : i, i:].T
         self.mean_abs /= max(self.tokens, 1)
 
+    def sums(self) -> list[Tensor]:
+        """Everything that adds up over tokens, in the order of the fields: what workers that have seen
+        different tokens add to each other's before :meth:`finish`."""
+        grams = (self.gram, self.held_out)
+        return [g.blocks if isinstance(g, SampledGram) else g for g in grams] + [self.mean_abs]
+
+    def offload(self) -> None:
+        """Hold Gram matrices on the host."""
+        self.gram, self.held_out = (
+            gram if isinstance(gram, SampledGram) else gram.cpu() for gram in (self.gram, self.held_out)
+        )
+
     def fold(self, divisor: Tensor) -> None:
         """The statistics of ``x / divisor``: ``H -> diag(1/s) H diag(1/s)``, exact."""
-        for gram in (self.gram, self.held_out):
-            gram.div_(divisor[:, None]).div_(divisor)
+        self.gram, self.held_out = (_fold(gram, divisor) for gram in (self.gram, self.held_out))
         self.mean_abs /= divisor
 
 
-def _add_gram(gram: Tensor, x: Tensor, ranks: Ranks) -> None:
+def _fold(gram: Gram, divisor: Tensor) -> Gram:
+    if isinstance(gram, SampledGram):
+        return gram.fold(divisor)
+    divisor = divisor.to(gram.device)
+    return gram.div_(divisor[:, None]).div_(divisor)
+
+
+def _add_gram(gram: Gram, x: Tensor, ranks: Ranks) -> None:
+    if isinstance(gram, SampledGram):
+        gram.add(x)
+        return
     for i in ranks.mine(range(0, len(gram), GRAM_BLOCK)):
         gram[i : i + GRAM_BLOCK, i:].addmm_(x[:, i : i + GRAM_BLOCK].T, x[:, i:])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from awqc.driver import default_pipeline
 from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.journal import Journal
+from awqc.made_up import stand_ins
+from awqc.memory import MemoryLimit
 from awqc.packed import PackedModule
 from awqc.pipeline import Pipeline
 from awqc.preparation import left_out, prepare
@@ -114,27 +117,40 @@ def start(
     device: str | torch.device,
     progress: Progress | None,
     journal: OpenJournal | None = None,
+    limit: MemoryLimit | None = None,
 ) -> Job:
     """Read the config and the calibration data, and capture the model; see :func:`awqc.compile`.
 
     Args:
         journal: opens one for what is to be compiled.
+        limit: of memory.
     """
     config, progress = config or QuantConfig(), progress or Silent()
     source = open_source(model)
     started = time.perf_counter()
     data = calibration.data
     inputs = model_inputs(data, calibration.samples) or token_inputs(
-        _tokens(source, calibration, config, progress), source.module
+        _tokens(
+            source, calibration, config, progress, (limit or MemoryLimit()).by_device(torch.device(device))
+        ),
+        source.module,
     )
     report = _report(config, inputs, source)
     current().agree("calibration data or options", [inputs.sha256, report.config])
     opened = None if journal is None else journal(source, inputs, report)
+    limit = limit or MemoryLimit()
+    source.stand_ins = stand_ins(source, limit, torch.device(device))
+    if source.stand_ins is not None:
+        report.note(
+            "capture", "graphs are compared, and folds proven, on made-up weights: the model's do not fit"
+        )
     read = time.perf_counter()
     prepared = prepare(source, inputs.batches, device, report, root)
     report.add_seconds("read-calibration", read - started)
     report.add_seconds("capture", time.perf_counter() - read)
     context = Context(config, prepared.batches, report, progress, probe=prepared.probe, journal=opened)
+    context.limit = limit
+    context.scratch = None if opened is None else opened.directory
     return Job(source, inputs, prepared.graph, context, left_out(source, prepared.graph, prepared.root))
 
 
@@ -148,7 +164,11 @@ def _keep(source: ModelSource, report: Report, kept: Mapping[str, str]) -> None:
 
 
 def _tokens(
-    source: ModelSource, calibration: Calibration, config: QuantConfig, progress: Progress
+    source: ModelSource,
+    calibration: Calibration,
+    config: QuantConfig,
+    progress: Progress,
+    max_memory: Mapping[int | str, int] | None,
 ) -> CalibrationTokens:
     limit = sequence_limit(source.config) if source.config is not None else None
     vocabulary = vocabulary_size(source.config) if source.config is not None else None
@@ -158,19 +178,21 @@ def _tokens(
         seq_len = min(seq_len, limit)
     if tokenizer is None and source.path is not None and not isinstance(data, Tensor):
         tokenizer = source.tokenizer()
-    return load_tokens(
-        data,
-        tokenizer=tokenizer,
-        model=source.materialized() if isinstance(data, str) and data == "self" else None,
-        max_calib_samples=calibration.samples,
-        max_calib_seq_len=seq_len,
-        split=calibration.split,
-        column=calibration.column,
-        seed=config.seed,
-        limit=limit,
-        vocab_size=vocabulary,
-        progress=progress.count("reading calibration data"),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        writes = isinstance(data, str) and data == "self"
+        return load_tokens(
+            data,
+            tokenizer=tokenizer,
+            model=source.materialized(max_memory, Path(folder)) if writes else None,
+            max_calib_samples=calibration.samples,
+            max_calib_seq_len=seq_len,
+            split=calibration.split,
+            column=calibration.column,
+            seed=config.seed,
+            limit=limit,
+            vocab_size=vocabulary,
+            progress=progress.count("reading calibration data"),
+        )
 
 
 def _report(config: QuantConfig, tokens: CalibrationInputs, source: ModelSource) -> Report:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from awqc.grams import Gram, SampledGram
+
 #: Output channels on which two ways to quantize one linear are compared, and errors reported.
 GATE_ROWS = 128
 
 
-def output_loss(error: Tensor, gram: Tensor) -> Tensor:
-    """``tr(E H E^T)`` for ``E`` ``(..., N, K)`` and ``H`` ``(K, K)``; shape ``(...)``."""
+def output_loss(error: Tensor, gram: Gram) -> Tensor:
+    """``tr(E H E^T)`` for ``E`` ``(..., N, K)`` and ``H`` ``(K, K)``, which may be on the host; shape
+    ``(...)``."""
+    if isinstance(gram, SampledGram):
+        return gram.loss(error)
+    gram = gram.to(error.device)
     return ((error @ gram) * error).sum((-2, -1))
 
 
@@ -31,9 +37,11 @@ def group_losses(error: Tensor, gram_blocks: Tensor) -> Tensor:
     return ((by_group @ gram_blocks) * by_group).sum(-1).T
 
 
-def gram_blocks(gram: Tensor, group: int) -> Tensor:
+def gram_blocks(gram: Gram, group: int) -> Tensor:
     """The diagonal blocks of ``gram`` ``(K, K)``, one a group: ``(G, g, g)``; a ragged last one is padded
     with zeros."""
+    if isinstance(gram, SampledGram):
+        return gram.diagonal_blocks(group)
     width = gram.shape[0]
     count = -(-width // group)
     blocks = gram.new_zeros(count, group, group)

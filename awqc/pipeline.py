@@ -8,12 +8,15 @@ the graph is verified, and a pass that promised ``"equal"`` is held to it by run
 
 from __future__ import annotations
 
+import gc
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import ClassVar, Literal
+
+import torch
 
 from awqc.activations import Activations
 from awqc.context import Context
@@ -22,9 +25,13 @@ from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.scales import FoldedScales
 from awqc.stages import Observer, Stage, Stages
+from awqc.statistics import Statistics
 from awqc.text import diff_text
 from awqc.verify import StageCheck, check_equal
 from awqc.work import Work
+
+#: How often a pass is run that runs out of memory.
+_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class Pass(ABC):
         provides: facts that it adds.
         consumes: facts that are stale afterwards and are dropped.
         output: ``"equal"`` if the model's function is unchanged (checked), ``"lossy"`` if not.
+        repeatable: whether it may be run again after it has stopped halfway, out of memory. A pass that has
+            changed nothing by then always may.
     """
 
     name: ClassVar[str]
@@ -47,6 +56,7 @@ class Pass(ABC):
     provides: ClassVar[tuple[type, ...]] = ()
     consumes: ClassVar[tuple[type, ...]] = ()
     output: ClassVar[Literal["equal", "lossy"]] = "equal"
+    repeatable: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, graph: Graph, context: Context) -> None:
@@ -261,16 +271,21 @@ class _Runner:
             if finished == len(stages.stages) and _leave_facts(passes, later):
                 finished -= 1  # the last is run again for what it knows
         activations: Activations | None = None
-        for number, stage in enumerate(self.context.progress.track(stages.stages, "calibrating")):
-            if activations is None and finished < len(stages.stages):
-                activations = self._activations(stages)
-            if journal is not None and number < finished:
-                journal.replay(stage, self.graph, activations)
-                continue
-            assert activations is not None
-            self._run_on_stage(stage, passes, activations)
-            if journal is not None:
-                journal.commit(stage, activations)
+        try:
+            for number, stage in enumerate(self.context.progress.track(stages.stages, "calibrating")):
+                if activations is None and finished < len(stages.stages):
+                    activations = self._activations(stages)
+                if journal is not None and number < finished:
+                    journal.replay(stage, self.graph, activations)
+                    continue
+                assert activations is not None
+                self._read_ahead(stages, number)
+                self._run_on_stage(stage, passes, activations)
+                if journal is not None:
+                    journal.commit(stage, activations)
+        finally:
+            if activations is not None:
+                activations.samples.close()
         if journal is not None:
             journal.finish()
         self.context.stage = None
@@ -279,9 +294,15 @@ class _Runner:
             if self.flags.wants(current.name):
                 self.flags.write(current.name, self.graph.text(), "")  # no nodes have changed
 
+    def _read_ahead(self, stages: Stages, number: int) -> None:
+        """Let the weights of the next stage be read while this one is worked on."""
+        views = [v for s in stages.stages[number + 1 : number + 2] for o in s.observers for v in o.views]
+        self.graph.weights.prefetch(view.parameter for view in views)
+
     def _activations(self, stages: Stages) -> Activations:
         start = time.perf_counter()
         activations = Activations(self.graph, stages, self.context)
+        self.graph.weights.release()
         self.context.report.add_seconds("run-tokens", time.perf_counter() - start)
         self.graph.facts[Activations] = activations
         return activations
@@ -316,7 +337,7 @@ class _Runner:
     def _timed(self, current: Pass) -> None:
         _check_there(self.graph, current)
         start = time.perf_counter()
-        current.run(self.graph, self.context)
+        self._run(current)
         for fact in current.consumes:
             if fact not in current.provides:
                 self.graph.facts.drop(fact)
@@ -324,3 +345,43 @@ class _Runner:
             if fact not in self.graph.facts:
                 raise PipelineError(f"{current.name!r} declares that it provides {fact.__name__} but did not")
         self.context.report.add_seconds(current.name, time.perf_counter() - start)
+
+    def _run(self, current: Pass) -> None:
+        """Run ``current``; where the device runs out of memory, again with less on it."""
+        for attempt in range(_ATTEMPTS):
+            state = self._progress()
+            try:
+                current.run(self.graph, self.context)
+            except torch.cuda.OutOfMemoryError as error:
+                last = attempt == _ATTEMPTS - 1 or self.context.ranks.count > 1
+                if last or (self._progress() != state and not current.repeatable):
+                    raise
+                failure = str(error).partition(". ")[0]
+            else:
+                return
+            # Outside of the handler, whose traceback holds on to what the pass had.
+            self._relieve(current, failure)
+
+    def _progress(self) -> tuple[int, ...]:
+        activations = self.graph.facts.get(Activations)
+        return (*self._state(), 0 if activations is None else len(activations.events))
+
+    def _relieve(self, current: Pass, failure: str) -> None:
+        """Take off the device what can be elsewhere, and decide from now on as if it were smaller."""
+        context, device = self.context, self.graph.weights.device
+        limit = context.limit
+        if limit.device is None and device.type == "cuda":
+            limit = replace(limit, device=torch.cuda.get_device_properties(device).total_memory)
+        context.limit = limit.halved()
+        statistics = self.graph.facts.get(Statistics)
+        if statistics is not None:
+            statistics.offload()
+        self.graph.weights.release()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        stage = context.stage.observers[0].name if context.stage is not None else "the whole graph"
+        size = "" if context.limit.device is None else f", at most {context.limit.device / 1e9:.1f} GB,"
+        context.report.note(
+            current.name, f"ran out of memory on {stage} ({failure}): done again with less{size} on {device}"
+        )

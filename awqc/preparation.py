@@ -145,6 +145,7 @@ class _Preparation:
         weights = Weights(
             source.names(), source.read, torch.float32, self.device, aliases(source.module), source.buffers()
         )
+        weights.streamed = source.stand_ins is not None
         return arguments_of(source, root, batches, weights)
 
     def _flat(self, batches: Sequence[Batch], root: str) -> list[dict[str, Tensor]]:

@@ -33,6 +33,7 @@ def prove(graph: Graph, groups: Iterable[ScaleGroup], batch: Mapping[str, Tensor
     """
     precise = graph.retyped(torch.float64)
     batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    precise.weights = precise.weights.for_checks()
     expected = precise.run(batch)
     groups = list(groups)
     error = _fold_error(precise, groups, batch, expected, seed)

@@ -83,6 +83,8 @@ class GroupRow:
         curve: (family, ratio, search loss relative to identity) over the grid.
         scale_range: the smallest and the largest scale that was folded.
         tokens, held_out_tokens: what the decision rests on.
+        statistics: how Gram matrices were held: ``full`` on the device, ``offloaded`` to the host, or as
+            diagonal blocks and a sample of tokens, ``sampled``; empty if none were taken.
     """
 
     name: str
@@ -97,6 +99,7 @@ class GroupRow:
     scale_range: tuple[float, float] | None = None
     tokens: int = 0
     held_out_tokens: int = 0
+    statistics: str = ""
 
 
 @dataclass

@@ -9,7 +9,7 @@ in any order without an index: most active first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,15 +37,17 @@ def feedback(gram: Tensor, order: Tensor, dampening: float = DAMPENING) -> Tenso
     """
     # With rows and columns reversed the upper factorization is an ordinary Cholesky factorization.
     backwards = order.flip(0)
-    damped = gram[backwards][:, backwards]
+    damped = gram[backwards[:, None], backwards]
     diagonal = damped.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(damped.dtype).tiny)
     added = 0.0
     while True:
         diagonal.add_((dampening - added) * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            return (lower / lower.diagonal()).flip(0, 1)
+        if bool((info == 0) & torch.isfinite(lower.diagonal()).all()):
+            del damped  # the largest matrices there are: no more of them at once than it takes
+            return lower.div_(lower.diagonal().clone()).flip(0, 1)
+        del lower
         added, dampening = dampening, dampening * 10
 
 
@@ -107,23 +109,101 @@ def compensated_codes(weight: Tensor, grid: ColumnGrid, factor: Tensor, order: T
     errors = torch.empty(_BLOCK, *target.shape[1:], dtype=target.dtype, device=target.device)
     pull = factor.movedim(0, -1).unsqueeze(-1) if several else factor  # (K, K, E, 1)
     top, width = float(grid.levels - 1), target.shape[0]
+    step: Callable[[_Block], None] = _round_block
+    if target.is_cuda and width >= 4 * _BLOCK:
+        step = _Recorded(_Block.empty(_BLOCK, target, pull, top))
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
-        for i in range(start, end):
-            scale, zero, code, error = grid.scales[i], grid.zeros[i], codes[i], errors[i - start]
-            torch.div(wanted[i], scale, out=code).round_().add_(zero).clamp_(0.0, top)
-            torch.sub(code, zero, out=error).mul_(scale)
-            torch.sub(target[i], error, out=error)
-            if i + 1 < end and several:
-                wanted[i + 1 : end].addcmul_(pull[i, i + 1 : end], error)
-            elif i + 1 < end:
-                wanted[i + 1 : end].addr_(pull[i, i + 1 : end], error)
+        block = _Block(
+            wanted[start:end],
+            target[start:end],
+            grid.scales[start:end],
+            grid.zeros[start:end],
+            pull[start:end, start:end],
+            codes[start:end],
+            errors[: end - start],
+            top,
+        )
+        (step if end - start == _BLOCK else _round_block)(block)
         if end < width and several:
             rest, by = wanted[end:].transpose(0, 1), errors[: end - start].transpose(0, 1)
             rest.baddbmm_(factor[:, start:end, end:].mT, by)
         elif end < width:
             wanted[end:].addmm_(factor[start:end, end:].T, errors[: end - start])
     return codes
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Columns that are rounded one by one, each as a row here: all tensors ``(B, N)`` or ``(B, E, N)``.
+
+    Args:
+        wanted: what is left to be rounded, compensation included; changed.
+        target: the weights themselves.
+        scales, zeros: of their grids.
+        pull: ``(B, B)`` or ``(B, B, E, 1)``, the feedback among them.
+        codes, errors: what comes out.
+        top: the largest code.
+    """
+
+    wanted: Tensor
+    target: Tensor
+    scales: Tensor
+    zeros: Tensor
+    pull: Tensor
+    codes: Tensor
+    errors: Tensor
+    top: float
+
+    @staticmethod
+    def empty(size: int, target: Tensor, pull: Tensor, top: float) -> _Block:
+        """Memory for blocks of ``size`` columns of ``target``."""
+        wanted, given, scales, zeros, codes, errors = (torch.ones_like(target[:size]) for _ in range(6))
+        return _Block(wanted, given, scales, zeros, torch.zeros_like(pull[:size, :size]), codes, errors, top)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What is read."""
+        return self.wanted, self.target, self.scales, self.zeros, self.pull
+
+
+def _round_block(block: _Block) -> None:
+    wanted, pull = block.wanted, block.pull
+    for i in range(len(wanted)):
+        scale, zero, code, error = block.scales[i], block.zeros[i], block.codes[i], block.errors[i]
+        torch.div(wanted[i], scale, out=code).round_().add_(zero).clamp_(0.0, block.top)
+        torch.sub(code, zero, out=error).mul_(scale)
+        torch.sub(block.target[i], error, out=error)
+        if i + 1 < len(wanted) and wanted.ndim == 3:
+            wanted[i + 1 :].addcmul_(pull[i, i + 1 :], error)
+        elif i + 1 < len(wanted):
+            wanted[i + 1 :].addr_(pull[i, i + 1 :], error)
+
+
+class _Recorded:
+    """:func:`_round_block` as a CUDA graph: the same kernels, launched as one. Some eight a column would
+    otherwise keep the device waiting for the host.
+
+    Args:
+        memory: what the graph works on; blocks are copied to and from it.
+    """
+
+    def __init__(self, memory: _Block) -> None:
+        self.memory = memory
+        side = torch.cuda.Stream(memory.wanted.device)
+        side.wait_stream(torch.cuda.current_stream(memory.wanted.device))
+        with torch.cuda.stream(side):
+            _round_block(memory)  # whatever kernels load when they are first used cannot be recorded
+        torch.cuda.current_stream(memory.wanted.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            _round_block(memory)
+
+    def __call__(self, block: _Block) -> None:
+        for mine, given in zip(self.memory.inputs(), block.inputs(), strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        block.codes.copy_(self.memory.codes)
+        block.errors.copy_(self.memory.errors)
 
 
 def descend(codes: Tensor, weight: Tensor, grid: ColumnGrid, gram: Tensor, order: Tensor) -> Tensor:

@@ -103,8 +103,7 @@ def fold(part: Part, scales: Tensor, weights: Weights) -> None:
     by = divisor(part, scales)
     rounded = weights.rounded(name)
     if rounded is None:
-        value = weights[name]
-        weights[name] = part.site.solve(value, by.to(value.dtype))
+        weights.change(name, lambda value: part.site.solve(value, by.to(value.device, value.dtype)))
         return
     by = by.mT if rounded.transposed else by
     if part.site.offset or by.shape[-1] != 1:

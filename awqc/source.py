@@ -42,6 +42,7 @@ class ModelSource:
             transformers would store it as counts.
         dtype: floating-point dtype that most parameters are stored in.
         notes: what a reader of the report must know about how the model was read.
+        stand_ins: gives values for checks of whole graphs where those of :attr:`read` do not fit.
         has_values: False for a model whose weights are nowhere, which can be traced but not run.
     """
 
@@ -52,6 +53,7 @@ class ModelSource:
     dtype: torch.dtype = torch.float32
     notes: list[str] = field(default_factory=list)
     has_values: bool = True
+    stand_ins: Callable[[str, torch.dtype | None], Tensor] | None = None
 
     @property
     def config(self) -> Any:
@@ -63,12 +65,23 @@ class ModelSource:
         """The 16-bit dtype that checkpoints made from this model state: its own, or float16."""
         return self.dtype if self.dtype in (torch.float16, torch.bfloat16) else torch.float16
 
-    def materialized(self) -> nn.Module:
-        """The module with its weights, in float32 when they have to be read first."""
+    def materialized(
+        self, max_memory: Mapping[int | str, int] | None = None, folder: Path | None = None
+    ) -> nn.Module:
+        """The module with its weights, in float32 when they have to be read first.
+
+        Args:
+            max_memory: bytes by device number or ``"cpu"``: what does not fit there is read from ``folder``
+                whenever it is needed, and weights are in the dtype that they are stored in.
+        """
         if not any(tensor.is_meta for _, tensor in named_tensors(self.module)):
             return self.module
         cls: Any = type(self.module)
-        model: nn.Module = cls.from_pretrained(self.path, dtype=torch.float32)
+        if max_memory is None:
+            model: nn.Module = cls.from_pretrained(self.path, dtype=torch.float32)
+        else:
+            divided = {"device_map": "auto", "max_memory": dict(max_memory), "offload_folder": folder}
+            model = cls.from_pretrained(self.path, dtype=self.dtype, **divided)
         return model.eval()
 
     def tokenizer(self) -> Any:

@@ -37,6 +37,11 @@ class Observer:
         return (*self.linears, *self.stacks)
 
     @property
+    def in_features(self) -> int:
+        """``K``."""
+        return self.views[0].in_features
+
+    @property
     def name(self) -> str:
         """The first linear's name: what the report calls this activation."""
         return self.views[0].name

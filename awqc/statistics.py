@@ -9,6 +9,7 @@ from awqc.expert_statistics import ExpertStatistics
 from awqc.groups import ScaleGroup
 from awqc.input_statistics import ALONE, InputStatistics
 from awqc.matrices import Matrix
+from awqc.memory import Kind
 from awqc.ranks import Ranks
 
 
@@ -19,6 +20,8 @@ class Statistics(dict[fx.Node, InputStatistics]):
     def __init__(self) -> None:
         super().__init__()
         self.by_expert: dict[fx.Node, ExpertStatistics] = {}
+        #: How the statistics of each activation are held.
+        self.kinds: dict[fx.Node, Kind] = {}
 
     def of(self, node: fx.Node, matrix: Matrix) -> InputStatistics:
         """What to judge ``matrix``, which reads ``node``, by."""
@@ -34,6 +37,13 @@ class Statistics(dict[fx.Node, InputStatistics]):
             self.by_expert[node].finish(ranks)
             found.append(self.by_expert[node].layer)
         return found
+
+    def offload(self) -> None:
+        """Hold all Gram matrices on the host."""
+        for one in self.values():
+            one.offload()
+        for by_expert in self.by_expert.values():
+            by_expert.offload()
 
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``."""

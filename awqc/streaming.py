@@ -6,7 +6,7 @@ the checkpoint, tensor by tensor. A job that is killed leaves the journal, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from awqc.flags import Flags
 from awqc.job import SEQ_LEN, Calibration, Job, account, check_pipeline, start
 from awqc.journal import Follower, Identity, Journal, SourceDigest, journal_path
 from awqc.lowered import LoweredExperts, LoweredLinears
+from awqc.memory import SHARD_SHARE, memory_limit
 from awqc.pipeline import Pipeline
 from awqc.ranks import current
 from awqc.report import Report
@@ -57,6 +58,7 @@ def compile_to(
     format: str = "awq",
     overwrite: bool = False,
     resume: bool = True,
+    max_memory: int | str | Mapping[int | str, int | str] | None = None,
     backend: str | Backend = "auto",
     config: QuantConfig | None = None,
     pipeline: Pipeline | None = None,
@@ -81,6 +83,8 @@ def compile_to(
         format: of the checkpoint: ``"awq"``, ``"compressed-tensors"`` or ``"awqc"``.
         overwrite: replace a checkpoint that is there.
         resume: continue from the journal; False starts over.
+        max_memory: what may be used on the compute device, such as ``"10GB"``, or by device, such as
+            ``{"cuda:0": "10GB", "cpu": "30GB"}``. See :mod:`awqc.memory` for what is done to keep it.
         backend: what is to run the result; the report says what takes each linear.
 
     All other arguments are those of :func:`awqc.compile`.
@@ -98,6 +102,7 @@ def compile_to(
     flags = flags or Flags.from_environment()
     pipeline = check_pipeline(pipeline, backend, pack=False)
     calibration = Calibration(calib, tokenizer, max_calib_samples, max_calib_seq_len, split, column)
+    limit = memory_limit(max_memory, torch.device(device))
     chosen = config or QuantConfig()
     opened: list[Journal] = []
     ranks = current()
@@ -114,7 +119,7 @@ def compile_to(
         return opened[0]
 
     try:
-        job = start(model, calibration, chosen, root, device, progress, journal)
+        job = start(model, calibration, chosen, root, device, progress, journal, limit)
         job.run(pipeline, flags)
         if ranks.first:
             written = _write(job, target, format, overwrite)
@@ -150,7 +155,9 @@ def _write(job: Job, out: Path, format: str, overwrite: bool) -> CompiledCheckpo
             check_input_scales(format)
     except CheckpointError as refused:
         format, error = "awqc", refused
-    path = write(result, out, format, overwrite=overwrite, max_shard_bytes=MAX_SHARD_BYTES)
+    host = job.context.limit.host
+    most = MAX_SHARD_BYTES if host is None else min(MAX_SHARD_BYTES, int(SHARD_SHARE * host))
+    path = write(result, out, format, overwrite=overwrite, max_shard_bytes=most)
     if error is not None:
         raise CheckpointError(
             f"{error}. Nothing is lost: the result is in {path} in format 'awqc', from which awqc.load(...)"

@@ -50,7 +50,8 @@ def check_equal(name: str, before: Graph, after: Graph, batch: Mapping[str, Tens
         VerifyError: naming the pass ``name``, the output and the size of the error.
     """
     bound = _bound(before)
-    for i, (found, expected) in enumerate(zip(after.run(batch), before.run(batch), strict=True)):
+    results = [graph.run(batch, graph.weights.for_checks()) for graph in (after, before)]
+    for i, (found, expected) in enumerate(zip(*results, strict=True)):
         error = relative_error(found, expected)
         if not error <= bound:
             raise VerifyError(

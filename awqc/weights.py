@@ -7,6 +7,7 @@ source holds, the tensor that a pass has put there, or the quantized weight it w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,8 +19,13 @@ from awqc.quantized import QuantizedWeight, Scheme
 
 #: Reads the source tensor of a name.
 Read = Callable[[str], Tensor]
+#: Gives a made-up tensor for a name, in a dtype.
+StandIns = Callable[[str, "torch.dtype | None"], Tensor]
 #: A tensor of a quantized weight.
 Field = Literal["codes", "scales", "zeros"]
+
+#: Threads that read ahead.
+_READERS = ThreadPoolExecutor(2, thread_name_prefix="read")
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,11 @@ class Weights:
         buffers: names of tensors that are no parameters: masks, bounds and the like.
 
     Reading a parameter that holds NaN or Inf raises :class:`NonFiniteError`; a buffer may hold them.
+
+    Attributes:
+        stand_ins: gives values for checks of whole graphs where the true ones do not fit; see
+            :mod:`awqc.made_up`.
+        streamed: whether values are dropped after the last op that reads them.
     """
 
     def __init__(
@@ -100,30 +111,59 @@ class Weights:
         self.dtype, self.device = dtype, torch.device(device)
         self.aliases = dict(aliases or {})
         self.version = 0
+        self.stand_ins: StandIns | None = None
+        self.streamed = False
         self._read = read
         self._changed: Store = Memory()
         self._parts: dict[str, tuple[str, Field]] = {}
         self._resident: dict[str, Tensor] = {}
+        self._coming: dict[str, Future[Tensor]] = {}
         self._finite: set[str] = set(buffers)
+        self._folds: dict[str, list[Callable[[Tensor], Tensor]]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._resident:
-            value = self.value(name)
-            self._resident[name] = self._place(value.dense() if isinstance(value, Rounded) else value)
+            held = self._held(name)
+            if held is None:
+                found = self._checked(name, self._place(self._source(name)))
+            else:
+                found = self._place(held.dense() if isinstance(held, Rounded) else held)
+            for fold in self._folds.get(name, ()):
+                found = fold(found)
+            self._resident[name] = found
         return self._resident[name]
 
     def value(self, name: str) -> Tensor | Rounded:
         """What ``name`` stands for, as it is kept: in the dtype and on the device of the source or of the
         pass that put it there, and not held on to."""
+        held = self._held(name)
+        return self._checked(name, self._source(name)) if held is None else held
+
+    def _held(self, name: str) -> Tensor | Rounded | None:
+        """What a pass has put there, None where the source's value stands."""
         if name in self._changed:
             return self._changed[name]
-        if name in self._parts:
-            parameter, field = self._parts[name]
-            rounded = self.rounded(parameter)
-            assert rounded is not None
-            part: Tensor = getattr(rounded.weight, field)
-            return part
-        return self._checked(name, self._read(name))
+        if name not in self._parts:
+            return None
+        parameter, field = self._parts[name]
+        rounded = self.rounded(parameter)
+        assert rounded is not None
+        part: Tensor = getattr(rounded.weight, field)
+        return part
+
+    def _source(self, name: str) -> Tensor:
+        coming = self._coming.pop(name, None)
+        return self._read(name) if coming is None else coming.result()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to read source tensors that are needed soon, in the background."""
+        for name in names:
+            if name not in self._changed and name not in self._resident and name not in self._coming:
+                self._coming[name] = _READERS.submit(self._fetch, name)
+
+    def _fetch(self, name: str) -> Tensor:
+        value = self._read(name)
+        return value.pin_memory() if self.device.type == "cuda" and value.device.type == "cpu" else value
 
     def __setitem__(self, name: str, value: Tensor | Rounded) -> None:
         self._changed[name] = value
@@ -166,6 +206,19 @@ class Weights:
         kept = set(keep)
         self._resident = {name: value for name, value in self._resident.items() if name in kept}
 
+    def change(self, name: str, fold: Callable[[Tensor], Tensor]) -> None:
+        """Replace the value of ``name`` by ``fold`` of it: now, or of streamed weights when it is read."""
+        if self.streamed:
+            self._folds.setdefault(name, []).append(fold)
+            self._resident.pop(name, None)
+        else:
+            self[name] = fold(self[name])
+
+    def drop(self, name: str) -> None:
+        """Forget the value handed out for ``name``, if weights are streamed."""
+        if self.streamed:
+            self._resident.pop(name, None)
+
     def forget(self, names: Iterable[str]) -> None:
         """What was handed out for ``names`` is not what they stand for any more."""
         for name in names:
@@ -179,14 +232,26 @@ class Weights:
         copy._changed = self._changed.copy()
         copy._parts = dict(self._parts)
         copy._finite = self._finite
+        copy._folds = {name: list(folds) for name, folds in self._folds.items()}
+        copy.stand_ins, copy.streamed = self.stand_ins, self.streamed
         if dtype == self.dtype:
             copy._resident = dict(self._resident)
         return copy
 
+    def for_checks(self) -> Weights:
+        """What whole graphs are run on to compare them: these, or where they do not fit, made-up ones."""
+        if self.stand_ins is None or self.streamed:
+            return self
+        copy = self.like(self.dtype)
+        made_up, dtype = self.stand_ins, self.dtype
+        copy._read, copy.streamed, copy._finite = lambda n: made_up(n, dtype), True, set(self.names)
+        copy._resident = {}
+        return copy
+
     def _place(self, value: Tensor) -> Tensor:
-        if value.is_floating_point() and self.dtype is not None:
-            return value.to(self.device, self.dtype)
-        return value.to(self.device)
+        # Two steps: what is sent to a device is as narrow as it is stored, and is widened there.
+        value = value.to(self.device, non_blocking=True)
+        return value.to(self.dtype) if value.is_floating_point() and self.dtype is not None else value
 
     def _checked(self, name: str, value: Tensor) -> Tensor:
         if name in self._finite or value.is_meta:

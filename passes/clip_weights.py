@@ -107,7 +107,7 @@ class ClipWeights(Pass):
 
     def _grid(self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, ranks: Ranks) -> _Chosen:
         """The grid of ``weight`` ``(N, K)``."""
-        blocks = gram_blocks(statistics.gram, scheme.group(weight.shape[1]))
+        blocks = gram_blocks(statistics.gram, scheme.group(weight.shape[1])).to(weight.device)
 
         def clipped_rows(part: range) -> tuple[Tensor, Tensor, Tensor]:
             grid, share = clipped_grid(weight[part.start : part.stop], scheme, blocks, self.shrinks)

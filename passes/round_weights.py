@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from awqc.context import Context
+from awqc.grams import Gram
 from awqc.graph import Graph
 from awqc.grids import Grids
 from awqc.loss import GATE_ROWS, output_loss
@@ -69,6 +70,7 @@ class RoundWeights(Pass):
     requires: ClassVar[tuple[type, ...]] = (Statistics, Schemes)
     consumes: ClassVar[tuple[type, ...]] = (Grids,)
     output: ClassVar = "lossy"
+    repeatable: ClassVar = True
 
     method: Literal["compensated", "nearest"] = "compensated"
     sweeps: int = 0
@@ -98,7 +100,7 @@ class RoundWeights(Pass):
         for observer in context.stage.observers:
             by_scheme: dict[tuple[Scheme, bool], list[Linear | ExpertLinear]] = {}
             for view in observer.views:
-                if view.parameter in schemes:
+                if view.parameter in schemes and graph.weights.scheme(view.parameter) is None:
                     key = schemes[view.parameter], isinstance(view, ExpertLinear)
                     by_scheme.setdefault(key, []).append(view)
             for views in by_scheme.values():
@@ -160,29 +162,32 @@ class RoundWeights(Pass):
             graph.weights[view.parameter] = Rounded(weight, view.transposed)
 
     def _compensated(
-        self, weights: list[list[Tensor]], grids: list[list[Grid]], grams: list[Tensor], ranks: Ranks
+        self, weights: list[list[Tensor]], grids: list[list[Grid]], grams: list[Gram], ranks: Ranks
     ) -> list[list[Tensor]]:
         """Codes ``(N, K)`` of every weight, from one run over the columns of all that share a Gram matrix and
-        of some experts at a time; nothing if rounding is to the nearest. The rows of a single run are divided
-        among processes."""
-        if self.method == "nearest":
+        of some experts at a time; nothing if rounding is to the nearest, as it is where a Gram matrix is not
+        held. The rows of a single run are divided among processes."""
+        full = [gram for gram in grams if isinstance(gram, Tensor)]
+        if self.method == "nearest" or len(full) < len(grams):
             return []
-        joined = [torch.cat(together) for together in weights]
+        device = weights[0][0].device
+        joined = [torch.cat(together) if len(together) > 1 else together[0] for together in weights]
         at_once = max(1, _ELEMENTS // (joined[0].shape[1] * max(joined[0].shape)))
         found = []
         for start in range(0, len(joined), at_once):
             chunk = range(start, min(start + at_once, len(joined)))
-            orders = [visiting_order(grams[e]) for e in chunk]
-            factors = [feedback(grams[e], order) for e, order in zip(chunk, orders, strict=True)]
+            here = [full[e].to(device) for e in chunk]
+            orders = [visiting_order(gram) for gram in here]
+            factors = [feedback(gram, order) for gram, order in zip(here, orders, strict=True)]
             columns = [ColumnGrid.of(join(grids[e]), order) for e, order in zip(chunk, orders, strict=True)]
             if len(chunk) == 1:
-                codes = [self._rows(joined[start], columns[0], factors[0], grams[start], orders[0], ranks)]
+                codes = [self._rows(joined[start], columns[0], factors[0], here[0], orders[0], ranks)]
             else:
                 several = torch.stack([joined[e] for e in chunk])
                 grid = ColumnGrid.stack(columns)
                 stacked = compensated_codes(several, grid, torch.stack(factors), torch.stack(orders))
                 codes = [
-                    self._swept(one, joined[e], columns[i], grams[e], orders[i])
+                    self._swept(one, joined[e], columns[i], here[i], orders[i])
                     for i, (e, one) in enumerate(zip(chunk, stacked.unbind(1), strict=True))
                 ]
             for i, e in enumerate(chunk):
@@ -207,7 +212,7 @@ class RoundWeights(Pass):
         return codes
 
 
-def _better(weight: Tensor, grid: Grid, compensated: Tensor | None, held_out: Tensor) -> _Rounded:
+def _better(weight: Tensor, grid: Grid, compensated: Tensor | None, held_out: Gram) -> _Rounded:
     """``weight`` ``(N, K)`` on its grid by the way of rounding that does better on held-out tokens."""
     rows, sample = sample_rows(weight, GATE_ROWS), grid.sample(GATE_ROWS)
     error = float(output_loss(sample.nearest(rows) - rows, held_out))

@@ -30,6 +30,7 @@ from awqc.block_objective import BlockObjective
 from awqc.clipping import clipped_grid
 from awqc.context import Context
 from awqc.errors import ConfigError
+from awqc.grams import SampledGram
 from awqc.graph import Graph
 from awqc.loss import gram_blocks, output_loss
 from awqc.members import Member, Part, parts
@@ -196,13 +197,14 @@ class SearchScales(Pass):
         spread = columns[:, None].expand(count, n, k).reshape(-1, k)
         weight = rows.expand(count, n, k).reshape(-1, k)
         scaled = weight * spread
-        blocks = gram_blocks(gram, member.scheme.group(k))
+        blocks = gram_blocks(gram, member.scheme.group(k)).to(rows.device)
         grid, _ = clipped_grid(scaled, member.scheme, blocks, self.shrinks, spread)
-        if self.rounding == "nearest":
+        if self.rounding == "nearest" or isinstance(gram, SampledGram):
             return ((grid.nearest(scaled) - scaled) / spread).reshape(count, n, k)
         if id(gram) not in factors:
-            order = visiting_order(gram)
-            factors[id(gram)] = order, feedback(gram, order)
+            here = gram.to(rows.device)
+            order = visiting_order(here)
+            factors[id(gram)] = order, feedback(here, order)
         order, factor = factors[id(gram)]
         codes = in_place(compensated_codes(weight, ColumnGrid.of(grid, order, spread), factor, order), order)
         return (grid.decode(codes) / spread - weight).reshape(count, n, k)

@@ -37,7 +37,7 @@ def sample_from_model(
         raise CalibrationError(
             f"calib='self' needs a model that can write text, but {kind}: give a file, strings or token ids"
         )
-    device = model.device
+    device = _device(model)
     watch = _Watch(samples, seq_len, progress)
     # The model's own generation defaults (top-k, penalties, forced tokens) would bend the distribution.
     defaults = model.generation_config
@@ -52,6 +52,14 @@ def sample_from_model(
     finally:
         model.generation_config = defaults
     return torch.cat(batches)
+
+
+def _device(model: Any) -> torch.device:
+    """Where the model takes tokens; its first weights may be on disk until they are used."""
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    return torch.device(getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
 def _sample(model: Any, prompts: Tensor, seq_len: int, watch: _Watch) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from awqc.capture.inputs import flat_inputs
+from awqc.capture.lent import lent_weights
 from awqc.capture.report import CaptureReport
 from awqc.capture.tracing import accepted_settings, evaluation_mode, reason, same_random
 from awqc.errors import CaptureError
@@ -59,9 +60,11 @@ def eager_outputs(
         value = weights[names[id(tensor)]]
         return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value.clone()
 
+    streamed = weights.streamed
+    there = lent_weights(module, weights, names) if streamed else swapped_tensors(module, real)
     arguments = {**accepted_settings(module), **tree_map_only(Tensor, torch.clone, dict(inputs))}
     random = same_random() if seeded else nullcontext()
-    with evaluation_mode(module), swapped_tensors(module, real), torch.no_grad(), random:
+    with evaluation_mode(module), there, torch.no_grad(), random:
         try:
             result = module(**arguments)
         except Exception as error:
@@ -88,21 +91,28 @@ def check_against_eager(
         CaptureError: if an output differs by more than rounding: ``64 * sqrt(nodes) * eps`` relative.
     """
     checks = []
+    weights = graph.weights.for_checks()
     for name, batch in inputs.items():
-        expected = eager_outputs(module, batch, graph.weights, names, seeded)
-        checks.append((name, compare(graph, flat_inputs(batch), expected, name)))
+        expected = eager_outputs(module, batch, weights, names, seeded)
+        checks.append((name, compare(graph, flat_inputs(batch), expected, name, weights)))
     if CaptureReport in graph.facts:
         graph.facts[CaptureReport].checks.extend(checks)
     return checks
 
 
-def compare(graph: Graph, batch: Mapping[str, Tensor], expected: list[Any], name: str) -> float:
+def compare(
+    graph: Graph,
+    batch: Mapping[str, Tensor],
+    expected: list[Any],
+    name: str,
+    weights: Weights | None = None,
+) -> float:
     """The largest relative error of any output of ``graph`` on ``batch`` against ``expected``.
 
     Raises:
         CaptureError: if it exceeds what rounding explains; ``name`` says which input.
     """
-    found = run(graph, batch, name)
+    found = run(graph, batch, name, weights)
     if len(found) != len(expected):
         raise CaptureError(f"the graph has {len(found)} outputs, the module {len(expected)}, on {name}")
     error = max((relative_error(a, b) for a, b in zip(found, expected, strict=True)), default=0.0)
@@ -117,9 +127,9 @@ def compare(graph: Graph, batch: Mapping[str, Tensor], expected: list[Any], name
     return error
 
 
-def run(graph: Graph, batch: Mapping[str, Tensor], name: str) -> list[Any]:
+def run(graph: Graph, batch: Mapping[str, Tensor], name: str, weights: Weights | None = None) -> list[Any]:
     """``graph.run``; whatever an op of it raises becomes a :class:`CaptureError`."""
     try:
-        return graph.run(batch)
+        return graph.run(batch, weights)
     except Exception as error:
         raise CaptureError(f"the captured graph does not run on {name}: {reason(error)}") from error

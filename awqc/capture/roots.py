@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from awqc.capture.inputs import keyword_arguments
+from awqc.capture.lent import lent_weights
 from awqc.capture.regions import Reached, stand_in
 from awqc.capture.tracing import accepted_settings, evaluation_mode, reason
 from awqc.errors import CaptureError, ConfigError
@@ -78,7 +79,8 @@ def arguments_of(
         raise Reached(keyword_arguments(called, args, kwargs))
 
     found = []
-    with evaluation_mode(module), swapped_tensors(module, value), torch.no_grad():
+    there = lent_weights(module, weights, names) if weights.streamed else swapped_tensors(module, value)
+    with evaluation_mode(module), there, torch.no_grad():
         handle = target.register_forward_pre_hook(reached, with_kwargs=True)
         try:
             for batch in inputs:

@@ -49,7 +49,9 @@ class Subject:
         """All tensors of the model, read when they are needed."""
         source = self.source
         named = aliases(source.module)
-        return Weights(source.names(), source.read, self.dtype, self.device, named, source.buffers())
+        weights = Weights(source.names(), source.read, self.dtype, self.device, named, source.buffers())
+        weights.stand_ins = source.stand_ins
+        return weights
 
     def builder(self) -> Builder:
         """An empty graph."""

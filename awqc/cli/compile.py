@@ -155,6 +155,15 @@ def compile(
         ),
     ] = None,
     device: Device = "cpu",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What the compile may use on the device, such as 10GB; of several, as in "
+            "'cuda:0=10GB,cpu=30GB'.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -170,7 +179,7 @@ def compile(
     """Quantize MODEL and write a checkpoint that transformers, vLLM and awqc load."""
     with Bars("reading the model") as bars, ExitStack() as processes:
         from awqc.checkpoints import check_input_scales, check_output
-        from awqc.cli.models import check_device, quiet
+        from awqc.cli.models import check_device, quiet, sizes
         from awqc.cli.passes import edit
         from awqc.cli.storable import Storable
         from awqc.config import QuantConfig
@@ -217,6 +226,7 @@ def compile(
             format=format,
             overwrite=overwrite,
             resume=resume,
+            max_memory=sizes(max_memory),
             backend=backend,
             config=config,
             pipeline=pipeline,

@@ -66,6 +66,15 @@ class Division:
         return found
 
 
+def sizes(text: str | None) -> str | dict[int | str, int | str] | None:
+    """A size, or the sizes of several places, as ``max_memory`` of :func:`awqc.compile_to`.
+
+    Raises:
+        ConfigError: if one cannot be read.
+    """
+    return text if text is None or "=" not in text else dict(map(_size, text.split(",")))
+
+
 def _size(text: str) -> tuple[int | str, str]:
     place, equals, size = (part.strip() for part in text.partition("="))
     if not equals or not place or not size:

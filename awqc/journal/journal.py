@@ -229,6 +229,8 @@ class Journal:
                 f"{self.directory} is in use: another process compiles to the same output; wait for it, or "
                 "choose another output path"
             ) from error
+        for stale in self.directory.glob("activations-*"):
+            shutil.rmtree(stale, ignore_errors=True)
 
     def _begin(self) -> None:
         try:

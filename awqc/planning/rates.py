@@ -90,6 +90,7 @@ def measure(
     for _ in range(2 * k // _ROWS):
         statistics.add(next(inputs), held_out=False)
     statistics.finish()
+    assert isinstance(statistics.gram, Tensor)
     gram = statistics.gram.clone()
     blocks, order = gram_blocks(gram, scheme.group(k)), visiting_order(gram)
     factor, quantized = feedback(gram, order), quantize(weight, scheme)

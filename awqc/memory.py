@@ -1,0 +1,190 @@
+"""How much memory a compile may use, and what each part of a stage takes: one set of formulas for the compile
+itself and for plans of it.
+
+On the compute device there are at once: the activations of all samples, the weights of the stage in float32,
+the statistics of its inputs, and what the pass that runs needs beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from awqc.errors import ConfigError
+from awqc.stages import Observer
+from awqc.views import ExpertLinear, Linear
+
+#: How the statistics of an activation are held: Gram matrices where they are computed; Gram matrices on the
+#: host between passes; or their diagonal blocks, one a quantization group, and a sample of tokens.
+Kind = Literal["full", "offloaded", "sampled"]
+
+FLOAT = 4
+#: Tokens in the sample of a ``sampled`` activation, for searching and held out each.
+SAMPLED_ROWS = 2048
+#: Copies of a weight in float32 that a pass over it needs: compensated rounding holds the weight, joined with
+#: those that read the same input, its permuted copy, what is wanted of it, codes, and scales and zero points
+#: of every column; others a few temporary ones.
+ROUNDING_COPIES, OTHER_COPIES = 8, 6
+#: Gram matrices that compensated rounding needs beside the statistics: the damped one, its factor, and that
+#: once more in the order of visits.
+FACTOR_COPIES = 3
+#: Shares of the limit: of activations that stay on the device, and of a checkpoint's shard on the host.
+ACTIVATIONS_SHARE, SHARD_SHARE = 0.3, 0.25
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """Bytes that a compile may use; None is no limit.
+
+    Args:
+        device: on the device that computes.
+        host: in the memory of the host; the same as ``device`` where that is the CPU.
+    """
+
+    device: int | None = None
+    host: int | None = None
+
+    def by_device(self, device: torch.device) -> dict[int | str, int] | None:
+        """As accelerate takes it, for a compile on ``device``; None without a limit."""
+        if self.device is None:
+            return None
+        host: dict[int | str, int] = {} if self.host is None else {"cpu": self.host}
+        return {"cpu": self.device} if device.type == "cpu" else {device.index or 0: self.device, **host}
+
+    def halved(self) -> MemoryLimit:
+        """Half as much of the device, for what is decided after it ran out of memory."""
+        return self if self.device is None else MemoryLimit(self.device // 2, self.host)
+
+
+def memory_limit(
+    max_memory: int | str | Mapping[int | str, int | str] | None, device: torch.device
+) -> MemoryLimit:
+    """The limit that the user has stated: for the compute device, or by device.
+
+    Args:
+        max_memory: bytes, a size such as ``"10GB"`` or ``"10GiB"``, or a mapping such as
+            ``{"cuda:0": "10GB", "cpu": "30GB"}``; as accelerate takes it, devices may be numbers.
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
+    if max_memory is None:
+        return MemoryLimit()
+    if not isinstance(max_memory, Mapping):
+        size = _bytes(max_memory)
+        return MemoryLimit(size, size if device.type == "cpu" else None)
+    by_device: dict[torch.device, int] = {}
+    for name, stated in max_memory.items():
+        try:
+            key = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"max_memory: {name!r} is no device: give 'cpu', 'cuda:0' or a number"
+            ) from error
+        by_device[_indexed(key)] = _bytes(stated)
+    limit, host = by_device.get(_indexed(device)), by_device.get(torch.device("cpu"))
+    return MemoryLimit(limit, host)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else torch.device(device.type)
+
+
+def _bytes(size: Any) -> int:
+    try:
+        found = int(convert_file_size_to_int(int(size) if str(size).isdigit() else size))
+    except ValueError as error:
+        raise ConfigError(f"max_memory={size!r}: give bytes, or a size such as '10GB'") from error
+    if found <= 0:
+        raise ConfigError(f"max_memory={size!r}: give a positive size")
+    return found
+
+
+def statistics_bytes(kind: Kind, width: int, group: int, matrices: int = 1) -> int:
+    """On the compute device, of ``matrices`` inputs of ``width`` channels (those of experts are apart)."""
+    if kind == "full":
+        return matrices * 2 * FLOAT * width * width
+    if kind == "offloaded":
+        return 2 * FLOAT * width * width
+    return 2 * FLOAT * width * (min(group, width) + SAMPLED_ROWS)
+
+
+def weight_bytes(views: Iterable[Linear | ExpertLinear]) -> int:
+    """Of the weights in float32."""
+    return sum(
+        FLOAT * v.out_features * v.in_features * (v.count if isinstance(v, ExpertLinear) else 1)
+        for v in views
+    )
+
+
+def working_bytes(observer: Observer, kind: Kind, compensated: bool) -> int:
+    """What the passes over the linears of ``observer`` need at most beside weights and statistics."""
+    views, width = observer.views, observer.views[0].in_features
+    rows = max(sum(v.out_features for v in observer.linears), *(v.out_features for v in views))
+    rounding = (ROUNDING_COPIES - 1) * FLOAT * rows * width + FACTOR_COPIES * FLOAT * width * width
+    other = (OTHER_COPIES - 1) * FLOAT * max(v.out_features for v in views) * width
+    return max(rounding, other) if compensated and kind != "sampled" else other
+
+
+def stage_bytes(
+    observers: Iterable[Observer], kinds: Iterable[Kind], group: int, compensated: bool, activations: int
+) -> int:
+    """The peak of a stage on the compute device.
+
+    Args:
+        observers: of the stage, and how the statistics of each are held.
+        group: input channels that share a scale.
+        compensated: whether weights are rounded with error compensation.
+        activations: bytes of those that stay on the device.
+    """
+    pairs = list(zip(observers, kinds, strict=True))
+    held = sum(weight_bytes(o.views) for o, _ in pairs)
+    held += sum(statistics_bytes(k, o.views[0].in_features, group, _inputs(o)) for o, k in pairs)
+    return activations + held + max((working_bytes(o, k, compensated) for o, k in pairs), default=0)
+
+
+def choose_kinds(
+    observers: Iterable[Observer],
+    limit: MemoryLimit,
+    device: torch.device,
+    group: int,
+    compensated: bool,
+    activations: int,
+) -> list[Kind]:
+    """The most exact statistics with which a stage stays within the limit, the same for all its observers."""
+    found = list(observers)
+    if limit.device is None:
+        return ["full"] * len(found)
+    kinds: list[Kind] = ["full", "sampled"] if device.type == "cpu" else ["full", "offloaded", "sampled"]
+    for kind in kinds[:-1]:
+        host = sum(statistics_bytes("full", o.views[0].in_features, group, _inputs(o)) for o in found)
+        on_host = kind != "offloaded" or limit.host is None or host <= limit.host // 2
+        need = stage_bytes(found, [kind] * len(found), group, compensated, activations)
+        if need <= limit.device and on_host:
+            return [kind] * len(found)
+    return ["sampled"] * len(found)
+
+
+def activations_place(
+    narrowest: int, limit: MemoryLimit, device: torch.device
+) -> tuple[Literal["device", "host", "disk"], float]:
+    """Where activations are kept between stages, and how many bytes of them at most.
+
+    Args:
+        narrowest: bytes of all samples where least of them is live; what is wider can be computed anew.
+    """
+    if limit.device is None or narrowest <= ACTIVATIONS_SHARE * limit.device:
+        return "device", math.inf if limit.device is None else ACTIVATIONS_SHARE * limit.device
+    if device.type != "cpu" and (limit.host is None or narrowest <= limit.host // 2):
+        return "host", math.inf if limit.host is None else limit.host / 2
+    return "disk", math.inf
+
+
+def _inputs(observer: Observer) -> int:
+    """Activations with statistics of their own: that of a linear, and one of each expert and of all."""
+    return sum(1 + view.count for view in observer.stacks[:1]) + bool(observer.linears)

@@ -1,0 +1,113 @@
+"""Seconds by pass and peak memory of ``awqc.compile_to``, from the call to the saved checkpoint.
+
+    python benchmarks/make_checkpoint.py llama-3-8b MODEL --device cuda
+    python benchmarks/compile_streaming.py MODEL OUT --device cuda --max-memory 10GB --nearest
+    python benchmarks/compile_streaming.py MODEL OUT --device cuda --max-memory 10GB      # GPTQ rounding
+    python benchmarks/compile_streaming.py MODEL OUT --max-memory 1.5GB --samples 4 --seq-len 128
+
+Calibration is ``MODEL/calibration.jsonl`` unless another file is given. Runs once in a fresh process; nothing
+is warmed up. Peak host memory is that of the process, imports included; device memory is what torch's
+allocator has taken from the device. The largest term and its share come last. ``--seconds`` ends a run that
+takes longer and prints what the journal holds of it; the next run continues from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--calib", type=Path, help="MODEL/calibration.jsonl if left out")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--max-memory", help="such as 10GB")
+    parser.add_argument("--format", default="awq")
+    parser.add_argument("--nearest", action="store_true", help="scale search and clipping, no GPTQ rounding")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--seconds", type=int, help="stop after so many")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+
+    began = time.perf_counter()
+    import torch
+    import transformers
+
+    import awqc
+    from awqc.passes.round_weights import RoundWeights
+
+    compile_to, pipeline = awqc.compile_to, awqc.Pipeline.default()
+    imported = time.perf_counter() - began
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.nearest:
+        pipeline = pipeline.replace("round-weights", RoundWeights(method="nearest"))
+    if options.seconds:
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.alarm(options.seconds)
+    where = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
+    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
+    start = time.perf_counter()
+    try:
+        found = compile_to(
+            options.model,
+            options.out,
+            str(options.calib or options.model / "calibration.jsonl"),
+            format=options.format,
+            max_memory=options.max_memory,
+            max_calib_samples=options.samples,
+            max_calib_seq_len=options.seq_len,
+            pipeline=pipeline,
+            device=options.device,
+        )
+        seconds, notes = dict(found.report.seconds), [" ".join(note) for note in found.report.notes]
+    except KeyboardInterrupt as stopped:
+        seconds, notes = of_journal(options.out), [f"stopped: {stopped}"]
+    total = time.perf_counter() - start
+    print("\n".join(notes))
+    table(seconds, total)
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    device = torch.cuda.max_memory_reserved() / 1e9 if options.device.startswith("cuda") else 0.0
+    print(f"imports {imported:.1f} s, compile {total:.1f} s, host {host:.2f} GiB, device {device:.2f} GB")
+    if options.json:
+        figures = {"seconds": seconds, "total": total + imported, "host": host, "device": device}
+        options.json.write_text(json.dumps(figures | {"notes": notes}))
+    return 0
+
+
+def table(seconds: dict[str, float], total: float) -> None:
+    """Terms in the order of their size."""
+    rest = total - sum(seconds.values())
+    for name, spent in sorted({**seconds, "anything else": rest}.items(), key=lambda term: -term[1]):
+        print(f"  {name:24}{spent:9.2f} s{spent / total:8.1%}")
+
+
+def of_journal(out: Path) -> dict[str, float]:
+    """Seconds by pass of the stages that are finished."""
+    seconds: dict[str, float] = {}
+    stages: list[dict[str, Any]] = [
+        json.loads(file.read_text())
+        for file in sorted(out.with_name(f"{out.name}.journal").glob("stage-*.json"))
+    ]
+    for stage in stages:
+        for name, spent in stage["record"]["seconds"].items():
+            seconds[name] = seconds.get(name, 0.0) + spent
+    print(f"{len(stages)} stages finished")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
