@@ -30,7 +30,7 @@ Operand = tuple[Tensor, "Tensor | None", "Tensor | None", int]
 
 
 def multiply_on_host(
-    x: Tensor, weights: list[Operand], group: int, tiling: Tiling, *, turned: int = 0, gated: bool = False
+    x: Tensor, weights: list[Operand], group: int, tiling: Tiling, *, turned: int = 1, gated: bool = False
 ) -> list[Tensor]:
     """As ``marlin_stream._launch`` does on a device without bulk copies."""
     problem = Problem(
@@ -94,6 +94,8 @@ def assert_close(got: Tensor, want: Tensor, x: Tensor) -> None:
     ("n", "k", "group_size", "tokens", "tiling", "turned"),
     [
         (64, 256, 128, 1, Tiling(4, 1, 1, 1, 2), 0),
+        (64, 256, 128, 1, Tiling(4, 1, 1, 1, 2), 1),
+        (200, 392, 32, 5, Tiling(4, 3, 2, 1, 1), 1),
         (200, 392, 32, 5, Tiling(4, 3, 2, 1, 1), 0),
         (130, 512, 64, 8, Tiling(2, 2, 3, 1, 2), 0),
         (70, 1000, -1, 9, Tiling(4, 2, 1, 2, 2), 0),
