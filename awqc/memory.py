@@ -34,7 +34,7 @@ ROUNDING_COPIES, OTHER_COPIES = 8, 6
 #: once more in the order of visits.
 FACTOR_COPIES = 3
 #: Shares of the limit: of activations that stay on the device, and of a checkpoint's shard on the host.
-ACTIVATIONS_SHARE, SHARD_SHARE = 0.3, 0.25
+ACTIVATIONS_SHARE, SHARD_SHARE = 0.3, 0.125
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from awqc.capture import relative_error
 from awqc.checkpoints import (
+    Checkpoint,
     QuantizedStream,
     SearchRecord,
     check_input_scales,
@@ -227,10 +228,10 @@ def check_saved(result: Result, path: Path) -> None:
     """
     held: dict[str, QuantLinear | QuantExperts] = {**result.linears, **result.stacks}
     nodes, end = _first_stage(result.graph(), {linear.op for linear in held.values()})
-    names = [str(node.target) for node in nodes if node.op == "get_attr"]
-    memory = {name: result.value(name) for name in names}
-    disk = _read_back(names, memory, held, result.source, path)
-    found, expected = (_run(nodes, tensors, result.sample)[end] for tensors in (disk, memory))
+    checkpoint = open_checkpoint(path)
+    memory = _Tensors(result.value)
+    disk = _Tensors(lambda name: _read_back(name, result.value(name), held, result.source, checkpoint))
+    found, expected = (_run(nodes, end, tensors, result.sample) for tensors in (disk, memory))
     error, bound = relative_error(found, expected), 64 * torch.finfo(result.source.half).eps
     if not error <= bound:
         raise CheckpointError(
@@ -260,34 +261,50 @@ def _attribute(graph: nn.Module, name: str) -> Tensor:
     return value
 
 
+class _Tensors(Mapping[str, Tensor]):
+    """Tensors of a graph, each there for the op that reads it.
+
+    Args:
+        read: gives one by its name.
+    """
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        raise NotImplementedError("tensors are read by their names")
+
+    def __len__(self) -> int:
+        raise NotImplementedError("tensors are read by their names")
+
+
 def _read_back(
-    names: list[str],
-    memory: dict[str, Tensor],
+    name: str,
+    value: Tensor,
     held: Mapping[str, QuantLinear | QuantExperts],
     source: ModelSource,
-    path: Path,
-) -> dict[str, Tensor]:
-    """What the checkpoint holds for ``names``, lowered again where it is quantized."""
-    checkpoint = open_checkpoint(path)
-    disk: dict[str, Tensor] = {}
-    for name in names:
-        owner, _, part = name.rpartition(".")
-        stored, value = source.on_disk(name), memory[name]
-        if name.endswith(SUFFIX):
-            disk[name] = checkpoint.dense(source.module_on_disk(owner) + SUFFIX).to(value.device)
-        elif owner in held:
-            linear, bias = held[owner], source.on_disk(f"{owner}.bias")
-            if isinstance(linear, QuantExperts):
-                weight = join(_on_disk(owner, linear, source), checkpoint.weight)
-            else:
-                weight = checkpoint.weight(source.module_on_disk(owner))
-            dense = checkpoint.dense(bias) if bias in checkpoint.tensors else None
-            disk[name] = lowered_part(linear, weight, dense, value.device, part).to(value.dtype)
-        elif stored in checkpoint.tensors:
-            disk[name] = checkpoint.dense(stored).to(value.device, value.dtype)
+    checkpoint: Checkpoint,
+) -> Tensor:
+    """What the checkpoint holds for ``name``, whose tensor was ``value``; lowered again where it is
+    quantized."""
+    owner, _, part = name.rpartition(".")
+    stored = source.on_disk(name)
+    if name.endswith(SUFFIX):
+        return checkpoint.dense(source.module_on_disk(owner) + SUFFIX).to(value.device)
+    if owner in held:
+        linear, bias = held[owner], source.on_disk(f"{owner}.bias")
+        if isinstance(linear, QuantExperts):
+            weight = join(_on_disk(owner, linear, source), checkpoint.weight)
         else:
-            disk[name] = value  # a buffer that no checkpoint stores
-    return disk
+            weight = checkpoint.weight(source.module_on_disk(owner))
+        dense = checkpoint.dense(bias) if bias in checkpoint.tensors else None
+        return lowered_part(linear, weight, dense, value.device, part).to(value.dtype)
+    if stored in checkpoint.tensors:
+        return checkpoint.dense(stored).to(value.device, value.dtype)
+    return value  # a buffer that no checkpoint stores
 
 
 def lowered_part(
@@ -304,8 +321,8 @@ def lowered_part(
 
 
 def _run(
-    nodes: list[fx.Node], tensors: dict[str, Tensor], sample: Mapping[str, Tensor]
-) -> dict[fx.Node, Any]:
+    nodes: list[fx.Node], end: fx.Node, tensors: Mapping[str, Tensor], sample: Mapping[str, Tensor]
+) -> Any:
     env: dict[fx.Node, Any] = {n: sample[str(n.target)] for n in nodes if n.op == "placeholder"}
-    execute(nodes, env, tensors)
-    return env
+    execute(nodes, env, tensors, keep=[end])
+    return env[end]

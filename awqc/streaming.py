@@ -191,7 +191,9 @@ def _result(job: Job) -> Result:
     def value(name: str) -> Tensor:
         owner, _, part = name.rpartition(".")
         if owner not in held or part not in held[owner].operands():
-            return weights[name]
+            found = weights[name]
+            weights.release()
+            return found
         bias = f"{owner}.bias" if f"{owner}.bias" in weights.names else None
         dense = None if bias is None else weights[bias]
         return lowered_part(held[owner], weight(owner), dense, weights.device, part)

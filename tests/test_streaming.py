@@ -97,6 +97,16 @@ def test_it_writes_what_save_writes(name: str, format: str, token_ids: Tensor, t
     assert not journal_path(written.path).exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_source_in_16_bits(dtype: torch.dtype, token_ids: Tensor, tmp_path: Path) -> None:
+    llama().to(dtype).save_pretrained(tmp_path / "source")
+    written = compile_to(tmp_path / "source", tmp_path / "out", token_ids, format="compressed-tensors")
+    compiled = awqc.compile(tmp_path / "source", token_ids, backend="reference", config=CONFIG)
+    saved, found = tensors(compiled.save(tmp_path / "saved", "compressed-tensors")), tensors(written.path)
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert {t.dtype for name, t in found.items() if "norm" in name or "embed" in name} == {dtype}
+
+
 def test_a_model_in_memory(tiny_llama: LlamaForCausalLM, token_ids: Tensor, tmp_path: Path) -> None:
     written = compile_to(tiny_llama, tmp_path / "out", token_ids)
     assert written.format == "awq"

@@ -257,3 +257,38 @@ def test_a_result_that_the_format_turns_out_not_to_carry_is_kept_in_another(
     loaded = awqc.load(out)
     assert {linear.scheme for linear in loaded.quantized_linears().values()} == {awqc.Scheme(6, 32)}
     assert torch.isfinite(loaded(input_ids=torch.arange(8)[None]).logits).all()
+
+
+def test_an_interrupted_compile_is_continued_by_the_same_command(
+    model: Path, options: list[Any], invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import awqc.journal.journal
+    from awqc.journal.entry import write_entry
+
+    def stop(directory: Path, number: int, *rest: Any) -> Any:
+        if number == 3:
+            raise KeyboardInterrupt
+        return write_entry(directory, number, *rest)
+
+    command = ("compile", model, *options, "-o", tmp_path / "out", "--max-memory", "100KB")
+    with monkeypatch.context() as patch:
+        patch.setattr(awqc.journal.journal, "write_entry", stop)
+        result = invoke(*command)
+    assert result.exit_code == 130
+    assert result.stderr == (
+        f"interrupted: finished stages are in {tmp_path / 'out'}.journal; the same command continues from "
+        "there\n"
+    )
+    result = invoke(*command)
+    assert result.exit_code == 0
+    assert "continued after 3 finished stages" in result.stdout
+    assert "made-up weights" in result.stdout
+    assert not (tmp_path / "out.journal").exists()
+
+
+@pytest.mark.parametrize("sizes", ["ten", "cpu=", "=1GB"])
+def test_sizes_that_are_none(model: Path, invoke: Invoke, tmp_path: Path, sizes: str) -> None:
+    result = invoke("compile", model, "-o", tmp_path / "out", "--max-memory", sizes)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(("error: max_memory='ten': give bytes", "error: --max-memory: "))
+    assert list(tmp_path.iterdir()) == []
