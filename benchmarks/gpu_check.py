@@ -47,7 +47,8 @@ class Part:
 
 def tests(name: str, seconds: float, *arguments: str) -> Part:
     """A part that runs tests."""
-    return Part(f"test-{name}", (*PYTEST, *arguments), seconds)
+    # So many random shapes in the tests that have some; random_shapes.py has more.
+    return Part(f"test-{name}", (*PYTEST, *arguments), seconds, environment=(("AWQC_SHAPES", "25"),))
 
 
 def shapes(kernel: str, count: int, workers: int, seconds: float) -> list[Part]:
@@ -68,14 +69,8 @@ def shapes(kernel: str, count: int, workers: int, seconds: float) -> list[Part]:
 def quick() -> list[Part]:
     """What fits in 100 seconds."""
     return [
-        tests(
-            "marlin",
-            60,
-            "tests/gpu",
-            "tests/kernels",
-            "-k",
-            "(marlin or launch or join) and not fused",
-        ),
+        tests("marlin-device", 60, "tests/gpu"),
+        tests("marlin", 60, "tests/kernels", "-k", "(marlin or launch or join) and not fused"),
         tests("exllama", 60, "tests/kernels/test_qlinear_exllama.py", "tests/kernels/test_exllama_layout.py"),
         tests("triton", 60, "tests/kernels", "-k", "triton or words or autotune or experts"),
         tests("fused", 60, "tests/kernels", "-k", "fused"),
