@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import zlib
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -55,6 +56,4 @@ def _room(limit: MemoryLimit, device: torch.device) -> int:
         return limit.device
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    import psutil  # type: ignore[import-untyped]
-
     return int(psutil.virtual_memory().total)

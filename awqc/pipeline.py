@@ -23,6 +23,7 @@ from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
 from awqc.graph import Graph
+from awqc.needs import check_fits
 from awqc.scales import FoldedScales
 from awqc.stages import Observer, Stage, Stages
 from awqc.statistics import Statistics
@@ -262,7 +263,9 @@ class _Runner:
     def run_on_stages(self, passes: list[Pass], later: list[Pass]) -> None:
         self.context.probe = None  # from here on weights change, and are checked stage by stage
         _check_there(self.graph, passes[0])
-        stages = self.graph.facts[Stages]
+        stages, context = self.graph.facts[Stages], self.context
+        own = len(context.ranks.mine(context.batches))
+        check_fits(self.graph, own, context.limit, context.config)
         journal = self.context.journal
         finished = 0
         if journal is not None:

@@ -22,15 +22,17 @@ from awqc.stages import Observer
 from awqc.views import ExpertLinear, Linear, expert_linear, linear, operand, shape
 
 #: flops, grams, rounded, factored: floating-point operations of products in float32, of those that add up
-#: Gram matrices, of those that move tokens, and of Cholesky factorizations; moved: bytes that elementwise ops
-#: read and write; clipped: weights times clipping candidates; columns, elements: steps of compensated
-#: rounding, each of one column, and the weights in them; calls: ops, however small; read, written: bytes of
-#: files; packed: weights that a backend packs.
+#: Gram matrices, of those that move tokens, and of Cholesky factorizations; moved, streamed: bytes that
+#: elementwise ops read and write, of activations and of weights, which are too large for caches; clipped:
+#: weights times clipping candidates; columns, elements: steps of compensated rounding, each of one column,
+#: and the weights in them; calls: ops, however small; read, written: bytes of files; packed: weights that a
+#: backend packs.
 Unit = Literal[
     "flops",
     "grams",
     "rounded",
     "moved",
+    "streamed",
     "clipped",
     "columns",
     "elements",
@@ -90,7 +92,7 @@ def weights_read(nodes: Iterable[fx.Node]) -> Work:
     """Making the weights of the linears in ``nodes``: dequantized from their codes, and cast."""
     views = [view for node in nodes if (view := linear(node) or expert_linear(node)) is not None]
     weights = sum(matrices_of(view) * view.out_features * view.in_features for view in views)
-    return Work({"moved": 30 * weights})
+    return Work({"streamed": 30 * weights})
 
 
 def _bytes(node: fx.Node) -> int:

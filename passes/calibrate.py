@@ -49,7 +49,7 @@ class Calibrate(Pass):
         for _, view, _ in quantized_views(observers, schemes):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["flops"] += count * 4 * min(n, GATE_ROWS) * k * k
-            work["moved"] += count * 4 * n * k
+            work["streamed"] += count * 4 * n * k
             work["calls"] += count * 40
         return work
 

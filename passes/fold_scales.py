@@ -38,7 +38,7 @@ class FoldScales(Pass):
         for observer in observers:
             for view in observer.views if observer.group is not None else ():
                 n, k, count = view.out_features, view.in_features, matrices_of(view)
-                work["moved"] += count * 24 * n * k
+                work["streamed"] += count * 24 * n * k
                 work["flops"] += 4 * min(rows(view), CHECKED_ROWS) * n * k
                 work["calls"] += 200
         return work

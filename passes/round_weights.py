@@ -80,7 +80,7 @@ class RoundWeights(Pass):
         for observer, view, scheme in quantized_views(observers, graph.facts[Schemes]):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["flops"] += count * 4 * min(n, GATE_ROWS) * k * k
-            work["moved"] += count * 40 * n * k
+            work["streamed"] += count * 40 * n * k
             work["calls"] += count * 40
             if self.method == "nearest":
                 continue

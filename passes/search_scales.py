@@ -108,7 +108,8 @@ class SearchScales(Pass):
             sampled = count * (candidates + 2) * min(n, self.sample_rows or n)
             work["clipped"] += 2 * sampled * k * len(self.shrinks)  # input scales are divided out as well
             work["flops"] += 2 * sampled * k * k
-            work["moved"] += 16 * sampled * k + count * 12 * n * k
+            work["moved"] += 16 * sampled * k
+            work["streamed"] += count * 12 * n * k
             work["calls"] += count * (6 * candidates + 100)
             if self.rounding == "compensated":
                 work["columns"] += count * 2 * k

@@ -31,7 +31,7 @@ def test_products_are_counted_by_their_shapes() -> None:
     # Scores six times, and what relu reads and writes; views move nothing.
     assert work["moved"] == 6 * 4 * B * HEADS * T * T + 2 * 4 * B * T * N
     assert run(graph.nodes, rounded=False)["flops"] == work["flops"] + work["rounded"]
-    assert weights_read(graph.nodes) == Work(moved=30 * K * (K + N))
+    assert weights_read(graph.nodes) == Work(streamed=30 * K * (K + N))
     views = list(linears(graph))
     assert [(rows(view), matrices_of(view)) for view in views] == [(B * T, 1)] * 2
 

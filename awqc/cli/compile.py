@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from awqc.cli.options import Backend, Column, Debug, Device, FloatModel, Full, Json, Seed, Split
+from awqc.cli.options import Backend, Column, Debug, Device, FloatModel, Full, Json, MaxUse, Seed, Split
 from awqc.cli.output import Bars, print_json, stdout
 from awqc.errors import ConfigError
 
@@ -155,15 +155,7 @@ def compile(
         ),
     ] = None,
     device: Device = "cpu",
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="What the compile may use on the device, such as 10GB; of several, as in "
-            "'cuda:0=10GB,cpu=30GB'.",
-            show_default=False,
-        ),
-    ] = None,
+    max_memory: MaxUse = None,
     resume: Annotated[
         bool,
         typer.Option(

@@ -62,6 +62,15 @@ MaxMemory = Annotated[
         show_default=False,
     ),
 ]
+MaxUse = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What the compile may use on the device, such as 10GB; of several, as in "
+        "'cuda:0=10GB,cpu=30GB'.",
+        show_default=False,
+    ),
+]
 OffloadFolder = Annotated[
     Path | None,
     typer.Option(

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from awqc.cli.options import Backend, Debug, Device, Full, Json, Model
+from awqc.cli.options import Backend, Debug, Device, Full, Json, MaxUse, Model
 from awqc.cli.output import Bars, print_json, stdout
 
 
@@ -26,6 +26,7 @@ def plan(
     ] = None,
     max_calib_samples: Annotated[int, typer.Option(help="Sequences at most.")] = 128,
     max_calib_seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 512,
+    max_memory: MaxUse = None,
     backend: Backend = "auto",
     device: Device = "cpu",
     full: Full = False,
@@ -34,7 +35,7 @@ def plan(
 ) -> None:
     """What compiling MODEL will do and take, from its config.json alone."""
     with Bars("capturing the graph"):
-        from awqc.cli.models import check_device, quiet
+        from awqc.cli.models import check_device, quiet, sizes
         from awqc.cli.plan_tables import plan_tables
         from awqc.config import QuantConfig
         from awqc.planning import plan as plan_model
@@ -47,6 +48,7 @@ def plan(
             max_calib_samples=max_calib_samples,
             max_calib_seq_len=max_calib_seq_len,
             device=check_device(device),
+            max_memory=sizes(max_memory),
         )
     if json:
         print_json(found.as_dict())

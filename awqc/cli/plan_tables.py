@@ -40,9 +40,13 @@ def summary(plan: Plan) -> Table:
         ("groups", f"{len(report.groups):,} in {len(plan.stages):,} stages"),
         ("read", tables.size(sizes["stored"])),
         ("written", f"{tables.size(sizes['model_after'])} ({tables.size(sizes['model_before'])} in 16 bits)"),
+        ("memory", ", ".join(f"{tables.size(size)} of the {place}" for place, size in plan.memory.items())),
+        ("disk", f"{tables.size(sum(plan.disk.values()))}, {tables.size(plan.disk['output'])} in the end"),
         ("time", f"{duration(plan.total_seconds)} on {plan.device}"),
     ):
         table.add_row(Text(name, style="bold"), text)
+    if plan.refusal:
+        table.add_row(Text("refused", style="bold red"), plan.refusal)
     for note in plan.notes:
         table.add_row(Text("note", style="bold"), note)
     return table
@@ -50,13 +54,14 @@ def summary(plan: Plan) -> Table:
 
 def stages(plan: Plan, full: bool = False) -> Table:
     """The stages, those alike in one row."""
-    table = tables.titled(
-        "Stages", "from", *([] if full else [">n"]), ">matrices", ">weights", ">K", ">seconds"
-    )
+    columns = [*([] if full else [">n"]), ">matrices", ">weights", ">K", "Gram", ">memory", ">seconds"]
+    table = tables.titled("Stages", "from", *columns)
 
     def kind(stage: StagePlan) -> tuple[str, ...]:
         name = stage.name if full else tables.pattern(stage.name)
-        return name, f"{stage.matrices:,}", f"{stage.parameters / 1e6:,.1f} M", str(stage.width)
+        size = f"{stage.parameters / 1e6:,.1f} M"
+        memory = tables.size(stage.memory)
+        return name, f"{stage.matrices:,}", size, str(stage.width), stage.statistics, memory
 
     for key, members in tables.alike(plan.stages, kind):
         name, *shape = key

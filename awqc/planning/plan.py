@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
 
@@ -22,12 +23,16 @@ from awqc.backend import Backend
 from awqc.calibration import sequence_limit, token_batch
 from awqc.capture import capture
 from awqc.capture.roots import arguments_of, text_part
+from awqc.checkpoints.shards import MAX_SHARD_BYTES
 from awqc.config import QuantConfig
 from awqc.context import Context
 from awqc.driver import default_pipeline
 from awqc.errors import ConfigError
 from awqc.flags import Flags
 from awqc.graph import Graph
+from awqc.made_up import stand_ins
+from awqc.memory import SHARD_SHARE, MemoryLimit, memory_limit
+from awqc.needs import Needs, StageNeeds, check_fits, stage_needs
 from awqc.pipeline import Pass, Pipeline
 from awqc.planning.rates import Rates, measure
 from awqc.products import propagation_dtype
@@ -39,6 +44,10 @@ from awqc.stages import Stage, Stages
 from awqc.weights import Weights
 from awqc.work import Work, matrices_of, quantized_views, run, weights_read
 
+#: Bytes for each weight while whole graphs are checked; and for each element of the largest tensor when what
+#: was written is read back and compared, in float32 from memory and from disk with the halves they come from.
+_CHECKED, _READ_BACK = 4 + 8 + 8, 4 + 4 + 2 + 2 + 2
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -49,6 +58,8 @@ class StagePlan:
         matrices: how many are quantized in it; those of experts count each.
         parameters: weights in them.
         width: input channels of its widest linear.
+        statistics: how Gram matrices are held: ``full``, ``offloaded`` or ``sampled``.
+        memory: bytes on the compute device at the peak of the stage.
         seconds: by pass.
     """
 
@@ -56,6 +67,8 @@ class StagePlan:
     matrices: int
     parameters: int
     width: int
+    statistics: str
+    memory: int
     seconds: dict[str, float]
 
 
@@ -69,8 +82,11 @@ class Plan:
         device: where it computes.
         stages: in their order.
         seconds: by pass, in their order; what no stage does (capture, reading, saving) too.
+        memory: bytes at the peak of the process: of the ``host``, and of the ``device`` where that is a GPU.
+        disk: bytes of the output, and beside it of the journal and of what is kept on disk meanwhile.
+        refusal: why the compile would be refused; empty if it would not be.
         sizes: bytes of the checkpoint that is read (``stored``), of linears and model in 16 bits and as they
-            are written, as in :class:`awqc.Report`.
+            are written, as in :class:`awqc.Report`; and elements of the ``largest`` tensor.
         rates: measured on this device.
         notes: what the estimate does not hold.
     """
@@ -81,6 +97,9 @@ class Plan:
     device: str
     stages: list[StagePlan]
     seconds: dict[str, float]
+    memory: dict[str, int]
+    disk: dict[str, int]
+    refusal: str
     sizes: dict[str, int]
     rates: Rates
     notes: list[str] = field(default_factory=list)
@@ -110,14 +129,15 @@ def plan(
     max_calib_seq_len: int = 512,
     root: str | None = None,
     device: str | torch.device = "cpu",
+    max_memory: int | str | Mapping[int | str, int | str] | None = None,
     rates: Rates | None = None,
 ) -> Plan:
     """What :func:`awqc.compile` will do to ``model`` and what it will take, before any weight is read.
 
     Args:
         model: a directory with ``config.json``, weights or not; or a module, also one on ``meta``.
-        backend, config, pipeline, max_calib_samples, max_calib_seq_len, root, device: as for
-            :func:`awqc.compile`.
+        backend, config, pipeline, max_calib_samples, max_calib_seq_len, root, device, max_memory: as for
+            :func:`awqc.compile_to`.
         rates: of another plan on this machine; measured by default.
 
     Raises:
@@ -125,13 +145,14 @@ def plan(
         ConfigError: if nothing would be quantized, or its config does not say what it reads.
     """
     config, device = config or QuantConfig(), torch.device(device)
+    limit = memory_limit(max_memory, device)
     pipeline = pipeline or default_pipeline()
     module = model if isinstance(model, nn.Module) else skeleton(Path(model))
-    limit = sequence_limit(module.config) if hasattr(module, "config") else None
-    seq_len = min(max_calib_seq_len, limit or max_calib_seq_len)
-    report, started = Report(config=config.as_dict()), time.perf_counter()
+    longest = sequence_limit(module.config) if hasattr(module, "config") else None
+    seq_len = min(max_calib_seq_len, longest or max_calib_seq_len)
+    report, started, before = Report(config=config.as_dict()), time.perf_counter(), _resident()
     graph = _captured(module, seq_len, root)
-    captured = time.perf_counter()
+    captured, captured_bytes = time.perf_counter(), max(_resident() - before, 0)
     _before_calibration(pipeline).run(graph, Context(config, report=report), Flags(check=False))
     if Stages not in graph.facts:
         raise ConfigError("this pipeline calibrates nothing: there is no compile to plan")
@@ -139,23 +160,44 @@ def plan(
     seconds = Counter(
         {"capture": 2 * (captured - started), "find-scale-groups": time.perf_counter() - captured}
     )
+    base = _resident() + captured_bytes  # a compile captures twice
     rates = rates or measure(device, config.scheme, config.propagate_dtype, backend)
     sizes = {"stored": _stored(model)} | _sizes(module, graph, report)
+    needs = stage_needs(graph, max_calib_samples, limit, device, config.group_size)
     seconds.update({name: rates.seconds(work) for name, work in _once(graph, sizes).items()})
     rounded = propagation_dtype(config.propagate_dtype, torch.float32, device) is not None
     staged = [each for each in pipeline if each.scope == "stage"]
     stages = []
+    of_stage = iter(needs.stages)
     for stage, nodes in _segments(graph):
         one, cast = run(nodes, rounded), weights_read(nodes)
         moving = {"run-tokens": max_calib_samples * rates.seconds(one) + rates.seconds(cast)}
         if stage is not None:
             works = {each.name: each.work(graph, stage.observers, max_calib_samples) for each in staged}
             moving = {name: rates.seconds(work) for name, work in works.items() if work is not None} | moving
-            stages.append(_stage_plan(graph, stage, moving))
+            stages.append(_stage_plan(graph, stage, next(of_stage), moving))
         seconds.update(moving)
     unknown = [each.name for each in staged if type(each).work is Pass.work]
     notes = [f"{name} does not say what it will do: its time is not in the estimate" for name in unknown]
-    return Plan(report, max_calib_samples, seq_len, str(device), stages, dict(seconds), sizes, rates, notes)
+    try:
+        check_fits(graph, max_calib_samples, limit, config)
+        refusal = ""
+    except ConfigError as error:
+        refusal = str(error)
+    return Plan(
+        report,
+        max_calib_samples,
+        seq_len,
+        str(device),
+        stages,
+        dict(seconds),
+        _memory(base, _checks(module, limit, device), needs, sizes, limit, device),
+        _disk(needs, sizes),
+        refusal,
+        sizes,
+        rates,
+        notes,
+    )
 
 
 def _captured(module: nn.Module, seq_len: int, root: str | None) -> Graph:
@@ -189,7 +231,7 @@ def _segments(graph: Graph) -> list[tuple[Stage | None, list[fx.Node]]]:
     return [(stage, [node for node in part if node in varying]) for stage, part in found]
 
 
-def _stage_plan(graph: Graph, stage: Stage, seconds: dict[str, float]) -> StagePlan:
+def _stage_plan(graph: Graph, stage: Stage, needs: StageNeeds, seconds: dict[str, float]) -> StagePlan:
     views = [view for _, view, _ in quantized_views(stage.observers, graph.facts[Schemes])]
     counts = [matrices_of(view) for view in views]
     return StagePlan(
@@ -197,6 +239,8 @@ def _stage_plan(graph: Graph, stage: Stage, seconds: dict[str, float]) -> StageP
         sum(counts),
         sum(c * v.out_features * v.in_features for c, v in zip(counts, views, strict=True)),
         max(view.in_features for view in views),
+        needs.kind,
+        needs.peak,
         seconds,
     )
 
@@ -210,15 +254,16 @@ def _once(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Work]:
         return Work(amounts)  # type: ignore[arg-type]
 
     return {
-        "read": work(read=3 * sizes["stored"], moved=3 * (sizes["stored"] + 4 * weights)),
-        "check": work(moved=(4 * 4 + 4 * 8) * weights, calls=6 * len(graph.nodes)),
+        "read": work(read=3 * sizes["stored"], streamed=3 * (sizes["stored"] + 4 * weights)),
+        "check": work(streamed=(4 * 4 + 4 * 8) * weights, calls=6 * len(graph.nodes)),
         "lower": work(packed=sizes["linears_before"] // 2),
-        "save": work(written=sizes["model_after"], moved=10 * weights),
+        "save": work(written=sizes["model_after"], streamed=10 * weights),
     }
 
 
 def _sizes(module: nn.Module, graph: Graph, report: Report) -> dict[str, int]:
-    weights = sum(t.numel() for _, t in named_tensors(module) if t.is_floating_point())
+    elements = [t.numel() for _, t in named_tensors(module) if t.is_floating_point()]
+    weights = sum(elements)
     schemes = graph.facts[Schemes]
     rows = [(row, schemes[name]) for name, row in report.linears.items() if name in schemes]
     linears = sum(row.parameters for row, _ in rows)
@@ -227,11 +272,55 @@ def _sizes(module: nn.Module, graph: Graph, report: Report) -> dict[str, int]:
         for row, scheme in rows
     )
     return {
+        "largest": max(elements),
         "linears_before": 2 * linears,
         "linears_after": packed,
         "model_before": 2 * weights,
         "model_after": 2 * (weights - linears) + packed,
     }
+
+
+def _checks(module: nn.Module, limit: MemoryLimit, device: torch.device) -> int:
+    """Bytes on the device while whole graphs are compared and folds are proven on a few tokens: all weights
+    in float32, and twice in float64; or one at a time, where these do not fit."""
+    source = from_module(module)
+    elements = [t.numel() for _, t in named_tensors(module) if t.is_floating_point()]
+    return _CHECKED * (max(elements) if stand_ins(source, limit, device) is not None else sum(elements))
+
+
+def _memory(
+    base: int,
+    checks: int,
+    needs: Needs,
+    sizes: Mapping[str, int],
+    limit: MemoryLimit,
+    device: torch.device,
+) -> dict[str, int]:
+    """Peak bytes by place.
+
+    Args:
+        base: what the process takes without any weights.
+        checks: what checks of whole graphs take on the compute device.
+    """
+    shard = MAX_SHARD_BYTES if limit.host is None else int(SHARD_SHARE * limit.host)
+    writing = min(sizes["model_after"], shard) + _READ_BACK * sizes["largest"]
+    stages = needs.largest.peak
+    if device.type == "cpu":
+        # What is freed between stages and writing is not all given back to the system.
+        return {"host": base + max(checks, stages + writing)}
+    kept = needs.narrowest if needs.place == "host" else 0
+    grams = max((s.passes for s in needs.stages if s.kind == "offloaded"), default=0)
+    return {"device": max(stages, checks), "host": base + kept + grams + writing}
+
+
+def _disk(needs: Needs, sizes: Mapping[str, int]) -> dict[str, int]:
+    scratch = needs.narrowest if needs.place == "disk" else 0
+    return {"output": sizes["model_after"], "meanwhile": sizes["linears_after"] + scratch}
+
+
+def _resident() -> int:
+    """Bytes that this process holds: modules, and a captured graph."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def _stored(model: nn.Module | str | Path) -> int:

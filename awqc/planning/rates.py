@@ -24,11 +24,13 @@ from awqc.rounding import ColumnGrid, compensated_codes, feedback, visiting_orde
 from awqc.work import Work
 
 #: Seconds that one kind of work is repeated for, and times at least.
-_SECONDS, _TIMES = 0.1, 3
+_SECONDS, _TIMES = 0.15, 3
 #: Width of the matrices that are worked on, on the CPU and on a GPU, which is slow on small ones.
 _WIDTH = (1024, 4096)
 #: Rows of a weight that has few, rows of an input, and inputs.
 _FEW, _ROWS, _INPUTS = 64, 512, 16
+#: Elements of a tensor that no cache holds.
+_LARGE = 1 << 24
 #: Bytes of the file that is written and read.
 _FILE = 1 << 25
 
@@ -41,6 +43,7 @@ class Rates:
     grams: float
     rounded: float
     moved: float
+    streamed: float
     clipped: float
     columns: float
     elements: float
@@ -102,13 +105,14 @@ def measure(
     # Steps of one column take so long however few rows there are, and more with each row.
     narrow, wide = rounding(few), rounding(weight)
     element = max(wide - narrow, 0.0) / ((k - _FEW) * k)
-    small = normal(8, 8)
+    small, large = normal(8, 8), torch.zeros(_LARGE, device=device)
     read, written = _disk(folder)
     return Rates(
         flops=taken(lambda: weight @ weight) / (2 * k**3),
         grams=taken(lambda: statistics.add(next(inputs), held_out=True)) / (_ROWS * k * (k + GRAM_BLOCK)),
         rounded=taken(lambda: moving(next(inputs), weight)) / (2 * _ROWS * k * k),
         moved=taken(lambda: next(inputs) * next(inputs)) / (3 * few.element_size() * _ROWS * k),
+        streamed=taken(lambda: large * large) / (2 * large.nbytes),
         clipped=taken(lambda: clipped_grid(weight, scheme, blocks, (1.0, 0.8))) / (2 * k * k),
         columns=max(narrow / k - _FEW * element, 0.0),
         elements=element,
@@ -121,16 +125,16 @@ def measure(
 
 
 def _taken(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of ``work``, the median of several times after one to warm up."""
-    seconds: list[float] = []
+    """Seconds of ``work``, the mean of several times after one to warm up: where others use the machine too,
+    they will do so during the compile."""
     work()
-    while len(seconds) < _TIMES or sum(seconds) < _SECONDS:
-        _wait(device)
-        start = time.perf_counter()
+    _wait(device)
+    start, times = time.perf_counter(), 0
+    while times < _TIMES or time.perf_counter() - start < _SECONDS:
         work()
         _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
+        times += 1
+    return (time.perf_counter() - start) / times
 
 
 def _wait(device: torch.device) -> None:
