@@ -44,9 +44,12 @@ from awqc.stages import Stage, Stages
 from awqc.weights import Weights
 from awqc.work import Work, matrices_of, quantized_views, run, weights_read
 
-#: Bytes for each weight while whole graphs are checked; and for each element of the largest tensor when what
-#: was written is read back and compared, in float32 from memory and from disk with the halves they come from.
-_CHECKED, _READ_BACK = 4 + 8 + 8, 4 + 4 + 2 + 2 + 2
+#: Bytes for each weight while whole graphs are checked, where all are held: in float32, and twice in float64;
+#: and for each element of the largest, where one is there at a time: in float64, and folded.
+_HELD, _STREAMED = 4 + 8 + 8, 8 + 8
+#: Bytes for each element of the largest tensor when what was written is read back and compared: in float32
+#: from memory and from disk, with the halves they come from.
+_READ_BACK = 4 + 4 + 2 + 2 + 2
 
 
 @dataclass(frozen=True)
@@ -281,11 +284,11 @@ def _sizes(module: nn.Module, graph: Graph, report: Report) -> dict[str, int]:
 
 
 def _checks(module: nn.Module, limit: MemoryLimit, device: torch.device) -> int:
-    """Bytes on the device while whole graphs are compared and folds are proven on a few tokens: all weights
-    in float32, and twice in float64; or one at a time, where these do not fit."""
-    source = from_module(module)
+    """Bytes on the device while whole graphs are compared and folds are proven on a few tokens."""
     elements = [t.numel() for _, t in named_tensors(module) if t.is_floating_point()]
-    return _CHECKED * (max(elements) if stand_ins(source, limit, device) is not None else sum(elements))
+    if stand_ins(from_module(module), limit, device) is None:
+        return _HELD * sum(elements)
+    return _STREAMED * max(elements)
 
 
 def _memory(
