@@ -30,9 +30,9 @@ SAMPLED_ROWS = 2048
 #: those that read the same input, its permuted copy, what is wanted of it, codes, and scales and zero points
 #: of every column; others a few temporary ones.
 ROUNDING_COPIES, OTHER_COPIES = 8, 6
-#: Gram matrices that compensated rounding needs beside the statistics: the damped one, its factor, and that
-#: once more in the order of visits.
-FACTOR_COPIES = 3
+#: Gram matrices that a factorization needs beside the one that it is of: a damped one and its factor, or the
+#: factor and that in the order of visits. One of them is left for rounding.
+FACTOR_COPIES = 2
 #: Shares of the limit: of activations that stay on the device, and of a checkpoint's shard on the host.
 ACTIVATIONS_SHARE, SHARD_SHARE = 0.3, 0.125
 
@@ -106,12 +106,11 @@ def _bytes(size: Any) -> int:
 
 
 def statistics_bytes(kind: Kind, width: int, group: int, matrices: int = 1) -> int:
-    """On the compute device, of ``matrices`` inputs of ``width`` channels (those of experts are apart)."""
-    if kind == "full":
-        return matrices * 2 * FLOAT * width * width
-    if kind == "offloaded":
-        return 2 * FLOAT * width * width
-    return 2 * FLOAT * width * (min(group, width) + SAMPLED_ROWS)
+    """Of the sums over tokens on the compute device while they are added up, of ``matrices`` inputs of
+    ``width`` channels (those of experts are apart)."""
+    if kind == "sampled":
+        return 2 * FLOAT * width * (min(group, width) + SAMPLED_ROWS)
+    return (matrices if kind == "full" else 1) * 2 * FLOAT * width * width
 
 
 def weight_bytes(views: Iterable[Linear | ExpertLinear]) -> int:
@@ -124,9 +123,10 @@ def weight_bytes(views: Iterable[Linear | ExpertLinear]) -> int:
 
 def working_bytes(observer: Observer, kind: Kind, compensated: bool) -> int:
     """What the passes over the linears of ``observer`` need at most beside weights and statistics."""
-    views, width = observer.views, observer.views[0].in_features
+    views, width = observer.views, observer.in_features
     rows = max(sum(v.out_features for v in observer.linears), *(v.out_features for v in views))
-    rounding = (ROUNDING_COPIES - 1) * FLOAT * rows * width + FACTOR_COPIES * FLOAT * width * width
+    gram = FLOAT * width * width
+    rounding = max(FACTOR_COPIES * gram, gram + (ROUNDING_COPIES - 1) * FLOAT * rows * width)
     other = (OTHER_COPIES - 1) * FLOAT * max(v.out_features for v in views) * width
     return max(rounding, other) if compensated and kind != "sampled" else other
 
@@ -143,9 +143,15 @@ def stage_bytes(
         activations: bytes of those that stay on the device.
     """
     pairs = list(zip(observers, kinds, strict=True))
-    held = sum(weight_bytes(o.views) for o, _ in pairs)
-    held += sum(statistics_bytes(k, o.views[0].in_features, group, _inputs(o)) for o, k in pairs)
-    return activations + held + max((working_bytes(o, k, compensated) for o, k in pairs), default=0)
+    sums = [statistics_bytes(k, o.in_features, group, _inputs(o)) for o, k in pairs]
+    # Of Gram matrices on the host, the one that is worked with is on the device.
+    left = [
+        FLOAT * o.in_features**2 if k == "offloaded" else size
+        for (o, k), size in zip(pairs, sums, strict=True)
+    ]
+    held = max(left) if all(k == "offloaded" for _, k in pairs) else sum(left)
+    passes = held + max((working_bytes(o, k, compensated) for o, k in pairs), default=0)
+    return activations + sum(weight_bytes(o.views) for o, _ in pairs) + max(sum(sums), passes)
 
 
 def choose_kinds(
@@ -162,7 +168,7 @@ def choose_kinds(
         return ["full"] * len(found)
     kinds: list[Kind] = ["full", "sampled"] if device.type == "cpu" else ["full", "offloaded", "sampled"]
     for kind in kinds[:-1]:
-        host = sum(statistics_bytes("full", o.views[0].in_features, group, _inputs(o)) for o in found)
+        host = sum(statistics_bytes("full", o.in_features, group, _inputs(o)) for o in found)
         on_host = kind != "offloaded" or limit.host is None or host <= limit.host // 2
         need = stage_bytes(found, [kind] * len(found), group, compensated, activations)
         if need <= limit.device and on_host:

@@ -189,14 +189,17 @@ class _Recorded:
 
     def __init__(self, memory: _Block) -> None:
         self.memory = memory
+        here = torch.cuda.current_stream(memory.wanted.device)
         side = torch.cuda.Stream(memory.wanted.device)
-        side.wait_stream(torch.cuda.current_stream(memory.wanted.device))
+        side.wait_stream(here)
+        self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(side):
             _round_block(memory)  # whatever kernels load when they are first used cannot be recorded
-        torch.cuda.current_stream(memory.wanted.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            # Not torch.cuda.graph, which collects garbage and empties the allocator's cache for each.
+            self.graph.capture_begin(capture_error_mode="thread_local")
             _round_block(memory)
+            self.graph.capture_end()
+        here.wait_stream(side)
 
     def __call__(self, block: _Block) -> None:
         for mine, given in zip(self.memory.inputs(), block.inputs(), strict=True):

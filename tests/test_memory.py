@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from awqc.errors import ConfigError
 from awqc.grams import SampledGram
 from awqc.input_statistics import InputStatistics
 from awqc.loss import gram_blocks, output_loss
-from awqc.memory import MemoryLimit, memory_limit
+from awqc.memory import MemoryLimit, choose_kinds, memory_limit
 from awqc.passes.round_weights import RoundWeights
 from awqc.samples import Samples
 from tests.test_streaming import MODELS, compile_to, tensors
@@ -57,6 +58,42 @@ def test_limits_are_read(stated: Any, device: torch.device, limit: tuple[int | N
 def test_limits_that_are_none(stated: Any) -> None:
     with pytest.raises(ConfigError, match="max_memory"):
         memory_limit(stated, CPU)
+
+
+def observer(width: int, *rows: int) -> Any:
+    """Linears ``(rows, width)`` that read one activation."""
+    views = tuple(SimpleNamespace(out_features=n, in_features=width) for n in rows)
+    return SimpleNamespace(views=views, linears=views, stacks=(), in_features=width)
+
+
+@pytest.mark.parametrize(
+    ("linears", "limit", "device", "kind"),
+    [
+        # The down projection of 8 and of 70 billion parameters, and the pair in front of it.
+        ((14336, 4096), 8.5, GPU, "full"),
+        ((14336, 4096), 6.0, GPU, "offloaded"),
+        ((14336, 4096), 6.0, CPU, "sampled"),
+        ((4096, 14336, 14336), 8.5, GPU, "full"),
+        ((28672, 8192), 20.4, GPU, "offloaded"),
+        ((28672, 8192), 80.0, GPU, "full"),
+        ((28672, 8192), 10.0, GPU, "sampled"),
+    ],
+)
+def test_the_most_exact_statistics_that_fit(
+    linears: tuple[int, ...], limit: float, device: torch.device, kind: str
+) -> None:
+    activations = 65536 * 2 * 4 * (8192 if 28672 in linears else 4096)
+    limits = MemoryLimit(int(limit * 1e9), None if device.type == "cuda" else int(limit * 1e9))
+    assert choose_kinds([observer(*linears)], limits, device, 128, True, activations) == [kind]
+
+
+def test_without_a_limit_all_is_held() -> None:
+    assert choose_kinds([observer(28672, 8192)], MemoryLimit(), CPU, 128, True, 1 << 40) == ["full"]
+
+
+def test_a_small_host_takes_no_gram_matrices() -> None:
+    limits = MemoryLimit(6 * 10**9, 10**9)
+    assert choose_kinds([observer(14336, 4096)], limits, GPU, 128, True, 1 << 31) == ["sampled"]
 
 
 # -- sampled Gram matrices ---------------------------------------------------------------------------------
