@@ -54,10 +54,14 @@ def find_hardware(name: str | None, device: str = "cpu") -> Hardware:
     """The hardware called ``name``, or the device that is here if there is no name.
 
     Raises:
-        ConfigError: for a name that nothing is known of.
+        ConfigError: for a name that nothing is known of, or a device that is not here.
     """
     if name is None:
-        return hardware_of(torch.device(device))
+        try:
+            return hardware_of(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"torch cannot use device {device!r} here ({reason}): try cpu") from error
     if name not in known():
         raise ConfigError(f"nothing is known of a GPU {name!r}: there are {', '.join(known())}")
     return known()[name]

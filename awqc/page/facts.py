@@ -119,7 +119,7 @@ def steps(report: Report) -> list[Step]:
     for name, seconds in report.seconds.items():
         doc = (type(known[name]).__doc__ or "") if name in known else _STEPS.get(name, "")
         by_stage = name == "run-tokens" or (name in known and known[name].scope == "stage")
-        about = doc.partition("\n")[0]
+        about = doc.partition("\n")[0].replace("``", "")
         found.append(Step(name, seconds, seconds / longest, about, by_stage))
     return found
 

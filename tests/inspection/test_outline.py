@@ -95,5 +95,7 @@ def test_a_large_model_takes_no_memory() -> None:
 def test_names_that_nothing_is_known_of(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing is known of a GPU 'h300': there are .*h200"):
         find_hardware("h300")
+    with pytest.raises(ConfigError, match=r"torch cannot use device 'gpu9' here \("):
+        find_hardware(None, "gpu9")
     with pytest.raises(CheckpointError, match="has no config that transformers can read"):
         outline(tmp_path)

@@ -13,7 +13,7 @@ import awqc.page
 from awqc.errors import CheckpointError, ConfigError
 from awqc.page import read_evaluation, render
 from awqc.page.evaluation import Measured
-from awqc.page.facts import duration, percent
+from awqc.page.facts import duration, percent, steps
 from awqc.page.render import _LIBRARIES, _SCRIPTS, _STYLES
 from awqc.page.sources import read_report
 from awqc.report import Report
@@ -162,6 +162,13 @@ def test_everything_is_legible(theme: int, ink: str, ground: str, least: float) 
     style = (FOLDER / "assets" / "base.css").read_text(encoding="utf-8")
     colours = {n: c for n, *c in re.findall(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)", style)}
     assert _contrast(colours[ink][theme], colours[ground][theme]) >= least
+
+
+def test_passes_are_described_in_plain_words() -> None:
+    report = Report(seconds={one.name: 1.0 for one in awqc.Pipeline.default()})
+    found = steps(report)
+    assert [step.name for step in found] == awqc.Pipeline.default().names()
+    assert all(step.about and "`" not in step.about for step in found)
 
 
 def test_an_empty_report() -> None:
