@@ -110,7 +110,7 @@ def compensated_codes(weight: Tensor, grid: ColumnGrid, factor: Tensor, order: T
     pull = factor.movedim(0, -1).unsqueeze(-1) if several else factor  # (K, K, E, 1)
     top, width = float(grid.levels - 1), target.shape[0]
     step: Callable[[_Block], None] = _round_block
-    if target.is_cuda and width >= 4 * _BLOCK:
+    if _is_recorded(target):
         step = _Recorded(_Block.empty(_BLOCK, target, pull, top))
     for start in range(0, width, _BLOCK):
         end = min(start + _BLOCK, width)
@@ -177,6 +177,11 @@ def _round_block(block: _Block) -> None:
             wanted[i + 1 :].addcmul_(pull[i, i + 1 :], error)
         elif i + 1 < len(wanted):
             wanted[i + 1 :].addr_(pull[i, i + 1 :], error)
+
+
+def _is_recorded(target: Tensor) -> bool:
+    """Whether recording a block is worth it."""
+    return target.is_cuda and len(target) >= 4 * _BLOCK
 
 
 class _Recorded:

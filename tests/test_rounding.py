@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+import awqc.rounding
 from awqc.loss import output_loss
 from awqc.quantized import Grid, Scheme, minmax_grid
 from awqc.rounding import (
@@ -205,3 +209,27 @@ def test_several_weights_at_once_are_rounded_as_each_alone() -> None:
     assert found.shape == (width, count, rows)
     for i in range(count):
         assert torch.equal(found[:, i], compensated_codes(weights[i], columns[i], factors[i], orders[i]))
+
+
+class Replayed(awqc.rounding._Recorded):
+    """A recording without a device: its graph is the steps themselves, on the same memory."""
+
+    def __init__(self, memory: awqc.rounding._Block) -> None:
+        self.memory = memory
+        self.graph: Any = SimpleNamespace(replay=lambda: awqc.rounding._round_block(memory))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_recorded_goes_through_its_own_memory(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, grid, gram = problem()
+    order = visiting_order(gram)
+    factor, columns = feedback(gram, order), ColumnGrid.of(grid, order)
+    arguments = (weight, columns, factor, order)
+    if several:
+        pairs = (torch.stack([t, t]) for t in (weight, factor, order))
+        two, factors, orders = pairs
+        arguments = (two, ColumnGrid.stack([columns, columns]), factors, orders)
+    expected = compensated_codes(*arguments)
+    monkeypatch.setattr(awqc.rounding, "_is_recorded", lambda target: True)
+    monkeypatch.setattr(awqc.rounding, "_Recorded", Replayed)
+    assert torch.equal(compensated_codes(*arguments), expected)
