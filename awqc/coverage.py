@@ -16,7 +16,7 @@ from awqc.op import op_name
 from awqc.views import is_parameter, shape
 
 #: Names of ops that multiply matrices, aten's and others'.
-_PRODUCT = re.compile(r"linear|matmul|einsum|mm(\b|_)")
+_PRODUCT = re.compile(r"(\b|_)linear|bilinear\b|matmul|einsum|mm(\b|_)")
 
 
 def factors(graph: Graph) -> dict[str, str]:

@@ -100,8 +100,18 @@ class LinearWeight:
         return func(*tree_map(tensor, tuple(args)), **tree_map(tensor, dict(kwargs or {})))
 
 
+#: What users hang on a module; it stays with what takes the module's place.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 def replace_linears(model: nn.Module, lowered: Mapping[str, QuantLinear]) -> None:
-    """Put quantized linears where ``model`` has ``nn.Linear``, or modules like it, in place.
+    """Put quantized linears where ``model`` has ``nn.Linear``, or modules like it, in place. Hooks stay.
 
     Args:
         model: what holds the linears; a linear that it holds under several names is replaced under all.
@@ -118,6 +128,8 @@ def replace_linears(model: nn.Module, lowered: Mapping[str, QuantLinear]) -> Non
         if replacements.setdefault(old, linear) is not linear:
             raise ConfigError(f"{name} is another name of a module that is replaced by a different linear")
         linear.train(old.training)
+        for hooks in _HOOKS:
+            getattr(linear, hooks).update(getattr(old, hooks))
     for parent in list(model.modules()):
         for attribute, child in parent._modules.items():
             if child in replacements:

@@ -20,6 +20,7 @@ from awqc.errors import ConfigError
 from awqc.graph import Graph
 from awqc.groups import ScaleGroups
 from awqc.pipeline import Pass
+from awqc.replaceable import MoreThanLinear
 from awqc.report import GroupRow, LinearRow
 from awqc.schemes import Schemes
 from awqc.stages import Observers, Stages, place_observers, split_stages
@@ -44,6 +45,9 @@ class InsertObservers(Pass):
         }
         groups, config, decides = graph.facts[ScaleGroups], context.config, routers(graph)
         kept = {p: why for p, view in views.items() if (why := _why_kept(view, config, decides)) is not None}
+        for parameter, kind in (graph.facts.get(MoreThanLinear) or {}).items():
+            if parameter in views:
+                kept.setdefault(parameter, f"it belongs to a {kind}, which does more than a linear with it")
         _check_any_left(views, kept)
         _check_group_size([v for p, v in views.items() if p not in kept], config)
         graph.facts[Schemes] = Schemes({p: config.scheme for p in views if p not in kept})

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from awqc.calibration.tokens import CalibrationTokens
 from awqc.errors import CalibrationError
@@ -104,7 +105,7 @@ def model_inputs(calib: Any, samples: int) -> CalibrationInputs | None:
         return None
     if not all(isinstance(item, Mapping) for item in items):
         return None
-    if not any(isinstance(v, Tensor) and k not in _OF_TOKENS for item in items for k, v in item.items()):
+    if not any(_is_input(name, value) for item in items for name, value in item.items()):
         return None
     batches = [
         {name: value for name, value in item.items() if value is not None and name != "labels"}
@@ -112,11 +113,12 @@ def model_inputs(calib: Any, samples: int) -> CalibrationInputs | None:
     ]
     for number, batch in enumerate(batches):
         for name, value in batch.items():
-            if not isinstance(value, Tensor | int | float | bool):
-                raise CalibrationError(
-                    f"{name!r} of calibration batch {number} is of type {type(value).__name__}: inputs of a "
-                    "model are tensors (a processor makes them with return_tensors='pt')"
-                )
+            for leaf in tree_leaves(value):
+                if not isinstance(leaf, Tensor | int | float | bool | None):
+                    raise CalibrationError(
+                        f"{name!r} of calibration batch {number} is of type {type(leaf).__name__}: inputs of "
+                        "a model are tensors (a processor makes them with return_tensors='pt')"
+                    )
     shapes = Counter(map(_shape, batches))
     common = max(shapes, key=lambda shape: shapes[shape])
     kept = [batch for batch in batches if _shape(batch) == common][:samples]
@@ -140,14 +142,24 @@ def model_inputs(calib: Any, samples: int) -> CalibrationInputs | None:
     )
 
 
+def _is_input(name: str, value: Any) -> bool:
+    """Whether an argument is more than a row of tokens, or of text, can be: a tensor, or a nest of some."""
+    nested = isinstance(value, Mapping | Sequence) and any(isinstance(x, Tensor) for x in tree_leaves(value))
+    return nested or (isinstance(value, Tensor) and name not in _OF_TOKENS)
+
+
 def _shape(batch: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(
-        (name, tuple(v.shape), v.dtype) if isinstance(v, Tensor) else (name, v) for name, v in batch.items()
+        (keystr(path), tuple(v.shape), v.dtype) if isinstance(v, Tensor) else (keystr(path), v)
+        for path, v in tree_flatten_with_path(dict(batch))[0]
     )
 
 
 def _tensors(batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, value) for name, value in batch.items() if isinstance(value, Tensor))
+    found = tree_flatten_with_path(dict(batch))[0]
+    names = ("_".join(keystr((key,)).strip("[]'.") for key in path) for path, _ in found)
+    pairs = zip(names, (value for _, value in found), strict=True)
+    return ((name, value) for name, value in pairs if isinstance(value, Tensor))
 
 
 def _parameters(module: nn.Module) -> Iterator[str]:

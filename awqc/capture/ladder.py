@@ -30,6 +30,7 @@ from awqc.capture.traced_regions import NEEDS_VALUES, Unfollowed
 from awqc.capture.whole import FEW, explicit_arguments, trace, with_arguments, with_patches, with_regions
 from awqc.errors import CaptureError
 from awqc.graph import Graph
+from awqc.replaceable import MoreThanLinear, more_than_linear
 from awqc.source import ModelSource, named_tensors
 
 #: A way of capturing; it is given the failure of plain ``torch.export``.
@@ -86,6 +87,7 @@ def capture(
                 names = {id(t): n for n, t in named_tensors(source.module)}
                 # A forward that draws random numbers is no graph; as a region it draws the same each time.
                 check_against_eager(graph, subject.module, checks, names, seeded=name == EAGER)
+            graph.facts[MoreThanLinear] = more_than_linear(source.module)
             return graph
         except CaptureError as error:
             failures.append(error)

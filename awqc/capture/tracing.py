@@ -92,7 +92,7 @@ def export(
         prepare()
         _only_known_results(module)
         try:
-            with quick_tracing(), _quiet(), _no_idle_casts():
+            with quick_tracing(), quiet(), _no_idle_casts():
                 return torch.export.export(module, fake_args, fake_kwargs, strict=False)
         except CaptureError:
             raise
@@ -116,7 +116,8 @@ def _only_known_results(module: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """What torch logs of a trace that fails is not shown: the exception says it."""
     loggers = [logging.getLogger(name) for name in _LOUD]
     before = [logger.disabled for logger in loggers]
     for logger in loggers:

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_flatten
 import awqc
 from awqc.analysis import Analysis
 from awqc.capture import relative_error
+from awqc.capture.tracing import same_random
 from awqc.coverage import factors
 from awqc.errors import AwqcError
 from awqc.groups import ScaleGroup
@@ -102,7 +103,8 @@ def brief(reason: str) -> str:
 def outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     """All tensors that the model returns."""
     settings = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    with torch.no_grad():
+    # Some forwards draw random numbers: they must be the same before and after a fold.
+    with torch.no_grad(), same_random():
         return [t for t in tree_flatten(model(**batch, **settings))[0] if isinstance(t, Tensor)]
 
 
