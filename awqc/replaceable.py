@@ -6,6 +6,7 @@ and a class derived from ``nn.Linear``, or one of its own with a ``weight``, may
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from awqc.capture.tracing import quiet
+from awqc.errors import CaptureError
 from awqc.source import swapped_tensors
 from awqc.views import operand
 
@@ -73,20 +75,30 @@ def _is_linear(module: nn.Module) -> bool:
     if next(module.children(), None) is not None or not _takes_one(module):
         return False
     for width in dict.fromkeys((weight.shape[1], weight.shape[0])):
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-        def fake(tensor: Tensor) -> Tensor:
-            with mode:  # noqa: B023  # called within this turn
-                new = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
-                return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
-
-        with swapped_tensors(module, fake), torch.no_grad(), quiet(), mode:
-            try:
-                traced = make_fx(lambda x: module.forward(x))(torch.empty(2, 3, width))
-            except Exception:  # noqa: BLE001  # it does not take such an input
-                continue
-        return _one_product(traced)
+        with contextlib.suppress(CaptureError):
+            return _one_product(_traced(module, width))
     return False
+
+
+def _traced(module: nn.Module, width: int) -> fx.GraphModule:
+    """The ops of ``module(x)`` for ``x`` of ``width`` channels, on fake weights.
+
+    Raises:
+        CaptureError: if it does not take such an input.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: Tensor) -> Tensor:
+        with mode:
+            new = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+            return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+
+    with swapped_tensors(module, fake), torch.no_grad(), quiet(), mode:
+        try:
+            traced: fx.GraphModule = make_fx(lambda x: module.forward(x))(torch.empty(2, 3, width))
+        except Exception as error:
+            raise CaptureError(f"{type(module).__name__} takes no {width} channels") from error
+    return traced
 
 
 def _takes_one(module: nn.Module) -> bool:
