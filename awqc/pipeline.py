@@ -23,6 +23,7 @@ from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
 from awqc.graph import Graph
+from awqc.memory import Kind
 from awqc.needs import check_fits
 from awqc.scales import FoldedScales
 from awqc.stages import Observer, Stage, Stages
@@ -63,12 +64,15 @@ class Pass(ABC):
     def run(self, graph: Graph, context: Context) -> None:
         """Do it: change ``graph``, its weights or its facts; report rows to ``context.report``."""
 
-    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work | None:
+    def work(
+        self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full"
+    ) -> Work | None:
         """What :meth:`run` will do to a stage with these ``observers``, for plans; None if it is not known.
 
         Args:
             graph: with shapes alone; its weights may not be read.
             samples: calibration sequences of the shape that the graph has.
+            kind: how the statistics of the stage are held.
         """
         return None
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from awqc.memory import SAMPLED_ROWS, Kind
 from awqc.quantized import Scheme
 from awqc.schemes import Schemes
 from awqc.stages import Observer
@@ -48,6 +49,11 @@ Work = Counter[Unit]
 def matrices_of(view: Linear | ExpertLinear) -> int:
     """How many matrices ``view`` holds: one, or one for each expert."""
     return view.count if isinstance(view, ExpertLinear) else 1
+
+
+def gram_rows(width: int, kind: Kind) -> int:
+    """Rows that an error ``(N, K)`` is multiplied with for its loss: of the Gram matrix, or of a sample."""
+    return width if kind != "sampled" else SAMPLED_ROWS
 
 
 def quantized_views(

@@ -96,18 +96,20 @@ def shapes(options: argparse.Namespace) -> None:
     """Plans of large models, from configs."""
     from make_checkpoint import make
 
-    print(f"{'shape':16}{'seconds':>9}{'MB':>8}  {'matrices':>9}{'stages':>8}  plan")
+    print(f"{'shape':16}{'seconds':>9}{'of CPU':>8}{'MB':>8}  {'matrices':>9}{'stages':>8}  plan")
     with tempfile.TemporaryDirectory() as folder:
         for shape in SHAPES:
             options.model = Path(folder) / shape
             make(shape, options.model, config_only=True)
-            started = time.perf_counter()
+            started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
             plan = apart("plan", options)
-            took = time.perf_counter() - started
+            took, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             matrices = sum(stage["matrices"] for stage in plan["stages"])
             memory = ", ".join(f"{place} {size / 1e9:.1f} GB" for place, size in plan["memory"].items())
             print(
-                f"{shape:16}{took:9.1f}{plan['peak'] / 1e6:8.0f}  {matrices:9,}{len(plan['stages']):8}  "
+                f"{shape:16}{took:9.1f}{spent:8.1f}{plan['peak'] / 1e6:8.0f}  {matrices:9,}"
+                f"{len(plan['stages']):8}  "
                 f"{plan['total_seconds'] / 60:.0f} min, {memory}",
                 flush=True,
             )

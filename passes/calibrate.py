@@ -12,13 +12,14 @@ from awqc.graph import Graph
 from awqc.input_statistics import GRAM_BLOCK, InputStatistics
 from awqc.loss import GATE_ROWS, output_loss
 from awqc.matrices import matrices
+from awqc.memory import Kind
 from awqc.pipeline import Pass
 from awqc.quantized import minmax_grid, sample_rows
 from awqc.schemes import Schemes
 from awqc.stages import Observer, Observers, Stages
 from awqc.statistics import Statistics
 from awqc.views import ExpertLinear
-from awqc.work import Work, matrices_of, quantized_views, rows
+from awqc.work import Work, gram_rows, matrices_of, quantized_views, rows
 
 #: What the report says of statistics that are not held as Gram matrices on the device.
 _HELD = {
@@ -38,17 +39,17 @@ class Calibrate(Pass):
     requires: ClassVar[tuple[type, ...]] = (Observers, Stages, Schemes)
     provides: ClassVar[tuple[type, ...]] = (Statistics,)
 
-    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full") -> Work:
         work, schemes = Work(), graph.facts[Schemes]
         for observer in observers:
             views = {type(view): view for view in observer.views}
             for view in views.values():  # statistics are shared by all that read the activation
                 k, tokens = view.in_features, rows(view) * samples
-                work["grams"] += tokens * k * (k + GRAM_BLOCK)
+                work["grams"] += tokens * k * (k + GRAM_BLOCK if kind != "sampled" else 2 * GRAM_BLOCK)
                 work["calls"] += samples * matrices_of(view) * (8 + k // GRAM_BLOCK)
         for _, view, _ in quantized_views(observers, schemes):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
-            work["flops"] += count * 4 * min(n, GATE_ROWS) * k * k
+            work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)
             work["streamed"] += count * 4 * n * k
             work["calls"] += count * 40
         return work

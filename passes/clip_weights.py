@@ -20,6 +20,7 @@ from awqc.grids import Grids
 from awqc.input_statistics import InputStatistics
 from awqc.loss import GATE_ROWS, gram_blocks, output_loss
 from awqc.matrices import Matrix, matrices, together
+from awqc.memory import Kind
 from awqc.pipeline import Pass
 from awqc.quantized import Grid, Scheme, minmax_grid, sample_rows
 from awqc.ranks import ROWS, Ranks
@@ -27,7 +28,7 @@ from awqc.schemes import Schemes
 from awqc.stages import Observer
 from awqc.statistics import Statistics
 from awqc.views import ExpertLinear, Linear
-from awqc.work import Work, matrices_of, quantized_views
+from awqc.work import Work, gram_rows, matrices_of, quantized_views
 
 
 class _Chosen(NamedTuple):
@@ -56,12 +57,12 @@ class ClipWeights(Pass):
 
     shrinks: tuple[float, ...] = SHRINKS
 
-    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full") -> Work:
         work = Work()
         for _, view, _ in quantized_views(observers, graph.facts[Schemes]):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["clipped"] += count * n * k * len(self.shrinks)
-            work["flops"] += count * 4 * min(n, GATE_ROWS) * k * k
+            work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)
             work["calls"] += count * (k // 128 + 20 * len(self.shrinks))
         return work
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 from awqc.activations import Activations
 from awqc.context import Context
 from awqc.graph import Graph
+from awqc.memory import Kind
 from awqc.pipeline import Pass
 from awqc.scales import FoldedScales, Scales
 from awqc.stages import Observer
@@ -32,7 +33,7 @@ class FoldScales(Pass):
     provides: ClassVar[tuple[type, ...]] = (FoldedScales,)
     consumes: ClassVar[tuple[type, ...]] = (Scales,)
 
-    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full") -> Work:
         # Weights are multiplied, and the linears of one sample run before and after.
         work = Work()
         for observer in observers:

@@ -20,6 +20,7 @@ from awqc.graph import Graph
 from awqc.grids import Grids
 from awqc.loss import GATE_ROWS, output_loss
 from awqc.matrices import apart, matrices
+from awqc.memory import Kind
 from awqc.pipeline import Pass
 from awqc.quantized import Grid, QuantizedWeight, Scheme, from_codes, minmax_grid, sample_rows, stack
 from awqc.ranks import ROWS, Ranks
@@ -29,7 +30,7 @@ from awqc.stages import Observer
 from awqc.statistics import Statistics
 from awqc.views import ExpertLinear, Linear
 from awqc.weights import Rounded
-from awqc.work import Work, matrices_of, quantized_views
+from awqc.work import Work, gram_rows, matrices_of, quantized_views
 
 #: Elements of experts' weights, or of their Gram matrices, that are handled at once; some six copies of them
 #: are needed.
@@ -75,14 +76,14 @@ class RoundWeights(Pass):
     method: Literal["compensated", "nearest"] = "compensated"
     sweeps: int = 0
 
-    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full") -> Work:
         work, steps = Work(), dict[tuple[str, Scheme, bool], int]()
         for observer, view, scheme in quantized_views(observers, graph.facts[Schemes]):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
-            work["flops"] += count * 4 * min(n, GATE_ROWS) * k * k
+            work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)
             work["streamed"] += count * 40 * n * k
             work["calls"] += count * 40
-            if self.method == "nearest":
+            if self.method == "nearest" or kind == "sampled":
                 continue
             work["elements"] += (1 + self.sweeps) * count * n * k
             work["flops"] += (1 + self.sweeps) * count * n * k * k

@@ -34,6 +34,7 @@ from awqc.grams import SampledGram
 from awqc.graph import Graph
 from awqc.loss import gram_blocks, output_loss
 from awqc.members import Member, Part, parts
+from awqc.memory import Kind
 from awqc.pipeline import Pass
 from awqc.quantized import sample_rows
 from awqc.ranks import Ranks
@@ -43,7 +44,7 @@ from awqc.scales import Scales
 from awqc.schemes import Schemes
 from awqc.stages import Observer
 from awqc.statistics import Statistics
-from awqc.work import Work, matrices_of, quantized_views
+from awqc.work import Work, gram_rows, matrices_of, quantized_views
 
 Candidate = tuple[str, float, Tensor]
 
@@ -100,18 +101,18 @@ class SearchScales(Pass):
     objective: Literal["linear", "block"] = "linear"
     finalists: int = 8
 
-    def work(self, graph: Graph, observers: Sequence[Observer], samples: int) -> Work:
+    def work(self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full") -> Work:
         work, candidates = Work(), 1 + self.grid * len(self.families)
         grouped = [observer for observer in observers if observer.group is not None]
         for _, view, _ in quantized_views(grouped, graph.facts[Schemes]):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             sampled = count * (candidates + 2) * min(n, self.sample_rows or n)
             work["clipped"] += 2 * sampled * k * len(self.shrinks)  # input scales are divided out as well
-            work["flops"] += 2 * sampled * k * k
+            work["flops"] += 2 * sampled * k * gram_rows(k, kind)
             work["moved"] += 16 * sampled * k
             work["streamed"] += count * 12 * n * k
             work["calls"] += count * (6 * candidates + 100)
-            if self.rounding == "compensated":
+            if self.rounding == "compensated" and kind != "sampled":
                 work["columns"] += count * 2 * k
                 work["elements"] += sampled * k
                 work["flops"] += sampled * k * k

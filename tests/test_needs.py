@@ -73,6 +73,20 @@ def test_there_is_a_stage_for_each_of_the_graph() -> None:
     assert needs.largest.peak == max(s.peak for s in needs.stages)
 
 
+def test_sampled_statistics_ask_for_other_work() -> None:
+    from awqc.passes.calibrate import Calibrate
+    from awqc.passes.round_weights import RoundWeights
+
+    graph = staged(models.llama())
+    observers = next(iter(graph.facts[Stages])).observers
+    full, sampled = (RoundWeights().work(graph, observers, 2, kind) for kind in ("full", "sampled"))
+    assert full["columns"] == observers[0].linears[0].in_features
+    assert full["factored"] > 0
+    assert not sampled["columns"] + sampled["elements"] + sampled["factored"]
+    more, fewer = (Calibrate().work(graph, observers, count, "sampled")["grams"] for count in (4, 2))
+    assert more == 2 * fewer > 0
+
+
 # -- refusals ----------------------------------------------------------------------------------------------
 
 CONFIG = QuantConfig(group_size=32)

@@ -176,9 +176,12 @@ def plan(
         one, cast = run(nodes, rounded), weights_read(nodes)
         moving = {"run-tokens": max_calib_samples * rates.seconds(one) + rates.seconds(cast)}
         if stage is not None:
-            works = {each.name: each.work(graph, stage.observers, max_calib_samples) for each in staged}
+            need = next(of_stage)
+            works = {
+                each.name: each.work(graph, stage.observers, max_calib_samples, need.kind) for each in staged
+            }
             moving = {name: rates.seconds(work) for name, work in works.items() if work is not None} | moving
-            stages.append(_stage_plan(graph, stage, next(of_stage), moving))
+            stages.append(_stage_plan(graph, stage, need, moving))
         seconds.update(moving)
     unknown = [each.name for each in staged if type(each).work is Pass.work]
     notes = [f"{name} does not say what it will do: its time is not in the estimate" for name in unknown]
