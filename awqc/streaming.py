@@ -127,6 +127,8 @@ def compile_to(
             written = CompiledCheckpoint(target, format, job.context.report)
         ranks.agree("", None)  # what is written is there for all
     except KeyboardInterrupt as error:
+        for one in opened:
+            one.close()
         raise KeyboardInterrupt(_left(opened)) from error
     finally:
         for one in opened:

@@ -38,7 +38,7 @@ class Commands(TyperGroup):
             _report(ctx, f"error: {' '.join(str(error).split())}")
             raise typer.Exit(FAILED) from error
         except KeyboardInterrupt as error:
-            _report(ctx, f"interrupted: {error or 'nothing half-written is left behind'}")
+            _report(ctx, f"interrupted: {str(error) or 'nothing half-written is left behind'}")
             raise typer.Exit(INTERRUPTED) from error
         except Exception as error:
             if _is_typers(error):

@@ -211,11 +211,15 @@ class Journal:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def close(self) -> None:
-        """Leave it to another run; what is being written is written."""
+        """Leave it to another run; what is being written is written. Without a finished stage nothing is
+        left."""
         self._threads.shutdown(wait=True)
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        if self._lock is None:
+            return
+        if not any(self.directory.glob("stage-*.json")):
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self._lock.release()
+        self._lock = None
 
     # -- on disk -------------------------------------------------------------------------------------------
 

@@ -270,11 +270,11 @@ def test_an_interrupted_compile_is_continued_by_the_same_command(
             raise KeyboardInterrupt
         return write_entry(directory, number, *rest)
 
-    command = ("compile", model, *options, "-o", tmp_path / "out", "--max-memory", "100KB")
+    command = ("compile", model, *options, "-o", tmp_path / "out", "--max-memory", "1GB")
     with monkeypatch.context() as patch:
         patch.setattr(awqc.journal.journal, "write_entry", stop)
         result = invoke(*command)
-    assert result.exit_code == 130
+    assert result.exit_code == 130, result.stderr
     assert result.stderr == (
         f"interrupted: finished stages are in {tmp_path / 'out'}.journal; the same command continues from "
         "there\n"
@@ -282,7 +282,6 @@ def test_an_interrupted_compile_is_continued_by_the_same_command(
     result = invoke(*command)
     assert result.exit_code == 0
     assert "continued after 3 finished stages" in result.stdout
-    assert "made-up weights" in result.stdout
     assert not (tmp_path / "out.journal").exists()
 
 
