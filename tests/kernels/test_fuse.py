@@ -28,9 +28,7 @@ def dense(packed: Tensor, n: int, k: int) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # A graph that is found on disk has been through the pass already, which then is not called.
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+def on_cpu() -> Iterator[None]:
     library = torch.library.Library("awqc", "IMPL")
 
     def one(x: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int, bf16: bool) -> Tensor:
@@ -56,7 +54,9 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     library.impl("qlinears_marlin", several, "CPU")
     library.impl("qlinear_marlin_gated", gated, "CPU")
     library.impl("qlinear_marlin_add", add, "CPU")
-    yield
+    # A graph that is found on disk has been through the pass already, which then is not called.
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
     library._destroy()
     torch._dynamo.reset()
 

@@ -136,8 +136,8 @@ class Layer(nn.Module):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
-def test_a_compiled_layer_is_fused_and_captured(graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)  # the pass must be called
+@torch.compiler.config.patch(force_disable_caches=True)  # the pass must be called
+def test_a_compiled_layer_is_fused_and_captured(graphs: bool) -> None:
     layer, x = Layer(), torch.randn(1, 1, 256, device="cuda").half() / 8
     fuse = FuseLinears()
     options = {"post_grad_custom_post_pass": fuse, "triton.cudagraphs": graphs}
