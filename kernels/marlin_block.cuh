@@ -2,7 +2,7 @@
 // through mma.sync. Macros: BF16 (activations), SCALE_BF16 (scales), GROUP (32, 64 or 128 channels), TURNED (see
 // multiply; 1 unless given).
 #ifndef TURNED
-#define TURNED 1
+#define TURNED 0
 #endif
 typedef unsigned char u8;
 typedef unsigned short u16;
