@@ -125,11 +125,17 @@ def test_ctrl_c_while_the_checkpoint_is_written(
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("{}")
-    monkeypatch.setattr("awqc.checkpoints.write.write_sharded", raising(KeyboardInterrupt()))
-    result = invoke("compile", model, *options, "-o", out, "--overwrite")
-    assert result.exit_code == 130
-    assert list(tmp_path.iterdir()) == [out]
+    with monkeypatch.context() as patch:
+        patch.setattr("awqc.checkpoints.write.write_sharded", raising(KeyboardInterrupt()))
+        result = invoke("compile", model, *options, "-o", out, "--overwrite")
+    journal = tmp_path / "out.journal"
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert f"finished stages are in {journal}; the same command continues from there" in result.stderr
+    assert sorted(tmp_path.iterdir()) == [out, journal]
     assert [file.name for file in out.iterdir()] == ["config.json"]
+    assert invoke("compile", model, *options, "-o", out, "--overwrite").exit_code == 0
+    assert list(tmp_path.iterdir()) == [out]
+    assert "continued after" in (out / "awqc_report.json").read_text()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal to a process there")
