@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from awqc.analysis import Analysis, analyze
     from awqc.api import compile
     from awqc.backend import Backend, register_backend
-    from awqc.compiled import CompiledModel
     from awqc.config import QuantConfig
     from awqc.context import Context
     from awqc.errors import AwqcError
     from awqc.flags import Flags
     from awqc.graph import Graph
-    from awqc.loading import load
     from awqc.pipeline import Pass, Pipeline
     from awqc.planning.plan import Plan, plan
     from awqc.quantized import QuantizedWeight, Scheme
     from awqc.report import Report
+    from awqc.runtime.compiled import CompiledModel
+    from awqc.storage.loading import load
     from awqc.streaming import CompiledCheckpoint, compile_to
 
 __version__ = "0.1.0"
@@ -55,7 +55,7 @@ _MODULES = {
     "AwqcError": "awqc.errors",
     "Backend": "awqc.backend",
     "CompiledCheckpoint": "awqc.streaming",
-    "CompiledModel": "awqc.compiled",
+    "CompiledModel": "awqc.runtime.compiled",
     "Context": "awqc.context",
     "Flags": "awqc.flags",
     "Graph": "awqc.graph",
@@ -69,7 +69,7 @@ _MODULES = {
     "analyze": "awqc.analysis",
     "compile": "awqc.api",
     "compile_to": "awqc.streaming",
-    "load": "awqc.loading",
+    "load": "awqc.storage.loading",
     "plan": "awqc.planning",
     "register_backend": "awqc.backend",
 }

@@ -19,10 +19,10 @@ from awqc.driver import analysis_pipeline
 from awqc.errors import ConfigError
 from awqc.flags import Flags
 from awqc.graph import Graph
-from awqc.groups import ScaleGroup, ScaleGroups, random_scales
 from awqc.pipeline import Pipeline
-from awqc.proof import prove
-from awqc.source import aliases, from_module, named_tensors, skeleton
+from awqc.scaleflow.groups import ScaleGroup, ScaleGroups, random_scales
+from awqc.scaleflow.proof import prove
+from awqc.storage.source import aliases, from_module, named_tensors, skeleton
 from awqc.weights import Weights
 
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from awqc.backend import Backend
-from awqc.compiled import Compilation, CompiledModel, assemble, structural_copy
 from awqc.config import QuantConfig
 from awqc.context import Progress
 from awqc.flags import Flags
 from awqc.job import SEQ_LEN, Calibration, Job, account, check_pipeline, start
-from awqc.lowered import LoweredExperts, LoweredLinears
-from awqc.lowered_graph import LoweredGraph
 from awqc.pipeline import Pipeline
-from awqc.source import ModelSource, named_tensors
+from awqc.runtime.compiled import Compilation, CompiledModel, assemble, structural_copy
+from awqc.runtime.lowered import LoweredExperts, LoweredLinears
+from awqc.runtime.lowered_graph import LoweredGraph
+from awqc.storage.source import ModelSource, named_tensors
 from awqc.weights import Rounded, Weights
 
 

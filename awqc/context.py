@@ -16,7 +16,7 @@ from awqc.report import Report
 
 if TYPE_CHECKING:
     from awqc.journal import Journal
-    from awqc.stages import Stage
+    from awqc.observers.stages import Stage
     from awqc.verify import Probe
 
 T = TypeVar("T")

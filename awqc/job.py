@@ -31,14 +31,14 @@ from awqc.graph import Graph
 from awqc.journal import Journal
 from awqc.made_up import stand_ins
 from awqc.memory import MemoryLimit
-from awqc.packed import PackedModule
 from awqc.pipeline import Pipeline
 from awqc.preparation import left_out, prepare
+from awqc.quantization.scales import FoldedScales
 from awqc.quantized import packed_bytes
 from awqc.ranks import current
 from awqc.report import LinearRow, Report
-from awqc.scales import FoldedScales
-from awqc.source import ModelSource, named_tensors, open_source
+from awqc.runtime.packed import PackedModule
+from awqc.storage.source import ModelSource, named_tensors, open_source
 
 OpenJournal = Callable[[ModelSource, CalibrationInputs, Report], Journal]
 

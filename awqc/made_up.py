@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from awqc.memory import FLOAT, MemoryLimit
-from awqc.source import ModelSource, named_tensors
+from awqc.storage.source import ModelSource, named_tensors
 from awqc.weights import StandIns
 
 #: Normal numbers that all weights are made of, each from a place of its own on. A prime, so that no row of a

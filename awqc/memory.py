@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 
 from awqc.errors import ConfigError
-from awqc.stages import Observer
+from awqc.observers.stages import Observer
 from awqc.views import ExpertLinear, Linear
 
 #: How the statistics of an activation are held: Gram matrices where they are computed; Gram matrices on the

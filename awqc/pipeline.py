@@ -18,16 +18,16 @@ from typing import ClassVar, Literal
 
 import torch
 
-from awqc.activations import Activations
 from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.memory import Kind
 from awqc.needs import check_fits
-from awqc.scales import FoldedScales
-from awqc.stages import Observer, Stage, Stages
-from awqc.statistics import Statistics
+from awqc.observers.activations import Activations
+from awqc.observers.stages import Observer, Stage, Stages
+from awqc.observers.statistics import Statistics
+from awqc.quantization.scales import FoldedScales
 from awqc.text import diff_text
 from awqc.verify import StageCheck, check_equal
 from awqc.work import Work

@@ -16,7 +16,7 @@ from awqc.capture.scans import longest, reads_steps
 from awqc.errors import CaptureError
 from awqc.graph import Graph
 from awqc.report import Report
-from awqc.source import ModelSource, aliases, named_tensors
+from awqc.storage.source import ModelSource, aliases, named_tensors
 from awqc.verify import Probe
 from awqc.weights import Weights
 

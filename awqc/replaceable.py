@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from awqc.capture.tracing import quiet
 from awqc.errors import CaptureError
-from awqc.source import swapped_tensors
+from awqc.storage.source import swapped_tensors
 from awqc.views import operand
 
 aten = torch.ops.aten

@@ -26,7 +26,7 @@ class LinearRow:
         group: the scale group it belongs to, or None.
         no_group: why it has none, or why its group scales its input at run time.
         energy: ``tr(W H W^T)`` on held-out tokens, what errors are relative to; like them, summed over
-            at most :data:`awqc.loss.GATE_ROWS` evenly spaced output channels.
+            at most :data:`awqc.quantization.loss.GATE_ROWS` evenly spaced output channels.
         nearest_error: relative output error of round-to-nearest on held-out tokens,
             ``tr(E H E^T) / tr(W H W^T)``.
         error: the same of what was stored.

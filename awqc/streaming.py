@@ -21,18 +21,18 @@ from awqc.checkpoints.shards import MAX_SHARD_BYTES
 from awqc.config import QuantConfig
 from awqc.context import Progress
 from awqc.errors import CheckpointError, ConfigError
-from awqc.experts import QuantExperts
 from awqc.flags import Flags
 from awqc.job import SEQ_LEN, Calibration, Job, account, check_pipeline, start
 from awqc.journal import Follower, Identity, Journal, SourceDigest, journal_path
-from awqc.lowered import LoweredExperts, LoweredLinears
 from awqc.memory import SHARD_SHARE, memory_limit
 from awqc.pipeline import Pipeline
 from awqc.ranks import current
 from awqc.report import Report
-from awqc.runtime import QuantLinear
-from awqc.saving import Result, lowered_part, write
-from awqc.source import ModelSource, aliases
+from awqc.runtime.experts import QuantExperts
+from awqc.runtime.linear import QuantLinear
+from awqc.runtime.lowered import LoweredExperts, LoweredLinears
+from awqc.storage.saving import Result, lowered_part, write
+from awqc.storage.source import ModelSource, aliases
 
 
 @dataclass(frozen=True)

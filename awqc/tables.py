@@ -19,7 +19,7 @@ from awqc.report import GroupRow, LinearRow, Report
 
 if TYPE_CHECKING:
     from awqc.analysis import Analysis
-    from awqc.groups import ScaleGroup
+    from awqc.scaleflow.groups import ScaleGroup
 
 T = TypeVar("T")
 _NO_NUMBERS = str.maketrans("", "", "_0123456789")

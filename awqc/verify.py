@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from awqc.activations import Activations
 from awqc.capture import relative_error
 from awqc.errors import VerifyError
 from awqc.graph import Env, Graph
-from awqc.stages import Stage
+from awqc.observers.activations import Activations
+from awqc.observers.stages import Stage
 from awqc.views import linear
 
 #: Tokens on which the outputs of a stage's linears are compared.

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from awqc.memory import SAMPLED_ROWS, Kind
+from awqc.observers.stages import Observer
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import Scheme
-from awqc.schemes import Schemes
-from awqc.stages import Observer
 from awqc.views import ExpertLinear, Linear, expert_linear, linear, operand, shape
 
 #: flops, grams, rounded, factored: floating-point operations of products in float32, of those that add up

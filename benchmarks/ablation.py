@@ -22,7 +22,7 @@ from awqc import Context, Pipeline, QuantConfig
 from awqc.calibration import all_tokens, load_tokens
 from awqc.capture import capture
 from awqc.evaluate import perplexity
-from awqc.source import from_module
+from awqc.storage.source import from_module
 from awqc.weights import Rounded
 
 

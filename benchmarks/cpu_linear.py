@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 
 from awqc.kernels.qlinear_aten import INT4_ROWS
-from awqc.lowering import lower_linear
 from awqc.quantized import Scheme, quantize
-from awqc.runtime import QuantLinear
+from awqc.runtime.linear import QuantLinear
+from awqc.runtime.lowering import lower_linear
 
 SHAPES = [(11008, 4096), (4096, 4096)]
 ROWS = [1, 8, 32, 128]

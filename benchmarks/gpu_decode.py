@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from awqc.backend import LinearShape, get_backend
 from awqc.kernels.fuse import FuseLinears
-from awqc.lowering import Lowered
 from awqc.quantized import QuantizedWeight, Scheme
-from awqc.runtime import QuantLinear
+from awqc.runtime.linear import QuantLinear
+from awqc.runtime.lowering import Lowered
 
 #: Where processes that share a device meet, and what the one that measures holds.
 FOLDER = Path(tempfile.gettempdir()) / f"awqc-gpu-decode-{os.getppid()}"

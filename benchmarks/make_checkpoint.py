@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from awqc.checkpoints.shards import write_json, write_sharded
-from awqc.source import aliases, from_module, skeleton
+from awqc.storage.source import aliases, from_module, skeleton
 
 #: Shape -> the fields of its ``config.json`` that sizes follow from; those left out are the class's own.
 SHAPES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("shapes.json").read_text())

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import awqc
-from awqc.loss import output_loss
+from awqc.observers.statistics import Statistics
+from awqc.quantization.loss import output_loss
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import minmax_grid
-from awqc.schemes import Schemes
-from awqc.statistics import Statistics
 
 
 @dataclass(frozen=True)

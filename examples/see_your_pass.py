@@ -10,11 +10,11 @@ from typing import ClassVar
 import awqc
 from awqc.comparison import Compiled, compare
 from awqc.demo import CALIBRATION_TEXT, MODEL_PATH
+from awqc.observers.statistics import Statistics
 from awqc.page import render
 from awqc.page.graphs import layer_graphs
 from awqc.page.layers import Layers
-from awqc.schemes import Schemes
-from awqc.statistics import Statistics
+from awqc.quantization.schemes import Schemes
 from awqc.text import diff_text
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.pipeline import Pass
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import Scheme, without_values
-from awqc.schemes import Schemes
 from awqc.views import ExpertLinear, Linear, expert_linears, linears
 from awqc.weights import Rounded
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from awqc.activations import Activations
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.input_statistics import GRAM_BLOCK, InputStatistics
-from awqc.loss import GATE_ROWS, output_loss
-from awqc.matrices import matrices
 from awqc.memory import Kind
+from awqc.observers.activations import Activations
+from awqc.observers.input_statistics import GRAM_BLOCK, InputStatistics
+from awqc.observers.stages import Observer, Observers, Stages
+from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
+from awqc.quantization.loss import GATE_ROWS, output_loss
+from awqc.quantization.matrices import matrices
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import minmax_grid, sample_rows
-from awqc.schemes import Schemes
-from awqc.stages import Observer, Observers, Stages
-from awqc.statistics import Statistics
 from awqc.views import ExpertLinear
 from awqc.work import Work, gram_rows, matrices_of, quantized_views, rows
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from awqc.context import Context
-from awqc.coverage import factors
 from awqc.errors import ConfigError
 from awqc.graph import Graph
 from awqc.pipeline import Pass
+from awqc.quantization.schemes import Schemes
 from awqc.report import LinearRow
-from awqc.schemes import Schemes
+from awqc.scaleflow.coverage import factors
 
 #: Linears that the error names.
 _NAMED = 3

@@ -13,20 +13,20 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from awqc.clipping import SHRINKS, clipped_grid
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.grids import Grids
-from awqc.input_statistics import InputStatistics
-from awqc.loss import GATE_ROWS, gram_blocks, output_loss
-from awqc.matrices import Matrix, matrices, together
 from awqc.memory import Kind
+from awqc.observers.input_statistics import InputStatistics
+from awqc.observers.stages import Observer
+from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
+from awqc.quantization.clipping import SHRINKS, clipped_grid
+from awqc.quantization.grids import Grids
+from awqc.quantization.loss import GATE_ROWS, gram_blocks, output_loss
+from awqc.quantization.matrices import Matrix, matrices, together
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import Grid, Scheme, minmax_grid, sample_rows
 from awqc.ranks import ROWS, Ranks
-from awqc.schemes import Schemes
-from awqc.stages import Observer
-from awqc.statistics import Statistics
 from awqc.views import ExpertLinear, Linear
 from awqc.work import Work, gram_rows, matrices_of, quantized_views
 

@@ -12,9 +12,9 @@ import torch
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.input_scales import InputScales, input_scale
 from awqc.pipeline import Pass
 from awqc.report import Report
+from awqc.runtime.input_scales import InputScales, input_scale
 from awqc.views import Linear, linears
 
 

@@ -11,10 +11,10 @@ from typing import ClassVar
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.groups import ScaleGroups, find_groups
 from awqc.pipeline import Pass
-from awqc.proof import prove
-from awqc.sites import Sites
+from awqc.scaleflow.groups import ScaleGroups, find_groups
+from awqc.scaleflow.proof import prove
+from awqc.scaleflow.sites import Sites
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import ClassVar
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.pipeline import Pass
-from awqc.sites import Sites, find_sites
+from awqc.scaleflow.sites import Sites, find_sites
 
 
 @dataclass(frozen=True)

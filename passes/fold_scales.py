@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from awqc.activations import Activations
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.memory import Kind
+from awqc.observers.activations import Activations
+from awqc.observers.stages import Observer
+from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
-from awqc.scales import FoldedScales, Scales
-from awqc.stages import Observer
-from awqc.statistics import Statistics
+from awqc.quantization.scales import FoldedScales, Scales
 from awqc.verify import CHECKED_ROWS
 from awqc.work import Work, matrices_of, rows
 

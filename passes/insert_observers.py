@@ -15,15 +15,15 @@ from torch import fx
 
 from awqc.config import QuantConfig
 from awqc.context import Context
-from awqc.dispatch import routers
 from awqc.errors import ConfigError
 from awqc.graph import Graph
-from awqc.groups import ScaleGroups
+from awqc.observers.dispatch import routers
+from awqc.observers.stages import Observers, Stages, place_observers, split_stages
 from awqc.pipeline import Pass
+from awqc.quantization.schemes import Schemes
 from awqc.replaceable import MoreThanLinear
 from awqc.report import GroupRow, LinearRow
-from awqc.schemes import Schemes
-from awqc.stages import Observers, Stages, place_observers, split_stages
+from awqc.scaleflow.groups import ScaleGroups
 from awqc.views import ExpertLinear, Linear, expert_linear, linear
 
 

@@ -16,16 +16,16 @@ from torch import fx
 
 from awqc.backend import Backend, LinearShape
 from awqc.context import Context
-from awqc.experts import QuantExperts
 from awqc.graph import Graph
-from awqc.input_scales import input_scale
-from awqc.lowered import LoweredExperts, LoweredLinears, QuantizedLinears
-from awqc.lowering import Lowered, lower_linear
-from awqc.packed import PackedModule
 from awqc.passes.quantize_linears import parameter
 from awqc.pipeline import Pass
 from awqc.report import LinearRow
-from awqc.runtime import QuantLinear
+from awqc.runtime.experts import QuantExperts
+from awqc.runtime.input_scales import input_scale
+from awqc.runtime.linear import QuantLinear
+from awqc.runtime.lowered import LoweredExperts, LoweredLinears, QuantizedLinears
+from awqc.runtime.lowering import Lowered, lower_linear
+from awqc.runtime.packed import PackedModule
 from awqc.views import QExperts, QLinear
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.kernels import qexperts as _qexperts  # noqa: F401  defines the ops
-from awqc.lowered import QuantizedLinears
 from awqc.pipeline import Pass
 from awqc.quantized import Scheme
+from awqc.runtime.lowered import QuantizedLinears
 from awqc.views import ExpertLinear, Linear, expert_linears, linears
 from awqc.weights import Field
 

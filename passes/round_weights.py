@@ -15,19 +15,26 @@ import torch
 from torch import Tensor
 
 from awqc.context import Context
-from awqc.grams import Gram
 from awqc.graph import Graph
-from awqc.grids import Grids
-from awqc.loss import GATE_ROWS, output_loss
-from awqc.matrices import apart, matrices
 from awqc.memory import Kind
+from awqc.observers.grams import Gram
+from awqc.observers.stages import Observer
+from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
+from awqc.quantization.grids import Grids
+from awqc.quantization.loss import GATE_ROWS, output_loss
+from awqc.quantization.matrices import apart, matrices
+from awqc.quantization.rounding import (
+    ColumnGrid,
+    compensated_codes,
+    descend,
+    feedback,
+    in_place,
+    visiting_order,
+)
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import Grid, QuantizedWeight, Scheme, from_codes, minmax_grid, sample_rows, stack
 from awqc.ranks import ROWS, Ranks
-from awqc.rounding import ColumnGrid, compensated_codes, descend, feedback, in_place, visiting_order
-from awqc.schemes import Schemes
-from awqc.stages import Observer
-from awqc.statistics import Statistics
 from awqc.views import ExpertLinear, Linear
 from awqc.weights import Rounded
 from awqc.work import Work, gram_rows, matrices_of, quantized_views

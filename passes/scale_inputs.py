@@ -17,10 +17,10 @@ from torch import fx
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.groups import find_groups
-from awqc.input_scales import SUFFIX, InputScales
 from awqc.passes.quantize_linears import parameter
 from awqc.pipeline import Pass
+from awqc.runtime.input_scales import SUFFIX, InputScales
+from awqc.scaleflow.groups import find_groups
 from awqc.views import Linear, linears, shape
 
 

@@ -25,25 +25,25 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from awqc.activations import Activations
-from awqc.block_objective import BlockObjective
-from awqc.clipping import clipped_grid
 from awqc.context import Context
 from awqc.errors import ConfigError
-from awqc.grams import SampledGram
 from awqc.graph import Graph
-from awqc.loss import gram_blocks, output_loss
-from awqc.members import Member, Part, parts
 from awqc.memory import Kind
+from awqc.observers.activations import Activations
+from awqc.observers.grams import SampledGram
+from awqc.observers.stages import Observer
+from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
+from awqc.quantization.block_objective import BlockObjective
+from awqc.quantization.clipping import clipped_grid
+from awqc.quantization.loss import gram_blocks, output_loss
+from awqc.quantization.members import Member, Part, parts
+from awqc.quantization.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
+from awqc.quantization.scales import Scales
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import sample_rows
 from awqc.ranks import Ranks
 from awqc.report import GroupRow
-from awqc.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
-from awqc.scales import Scales
-from awqc.schemes import Schemes
-from awqc.stages import Observer
-from awqc.statistics import Statistics
 from awqc.work import Work, gram_rows, matrices_of, quantized_views
 
 Candidate = tuple[str, float, Tensor]

@@ -15,7 +15,7 @@ import awqc
 from awqc.analysis import Analysis
 from awqc.capture import relative_error
 from awqc.errors import CheckpointError, ConfigError, PipelineError
-from awqc.groups import ScaleGroup
+from awqc.scaleflow.groups import ScaleGroup
 from tests.nets import WIDTH, Net, fold_error, inputs, linear, norm
 from tests.zoo.models import build, token_ids
 from tests.zoo.specimen import BATCH, specimen

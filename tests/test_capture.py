@@ -16,7 +16,7 @@ from awqc.errors import CaptureError, ConfigError
 from awqc.functional import functionalize
 from awqc.graph import Graph
 from awqc.passes.canonicalize import Canonicalize
-from awqc.source import from_module
+from awqc.storage.source import from_module
 from awqc.views import is_parameter, linears
 from tests.golden.compare import check_golden
 from tests.nets import WIDTH, Net, inputs, linear, norm, refusals

@@ -17,12 +17,12 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 import awqc
 from awqc import CompiledModel, Pipeline, QuantConfig, QuantizedWeight, Report, Scheme
-from awqc.activations import Activations
 from awqc.capture import relative_error
 from awqc.checkpoints.awq import AwqFormat
 from awqc.errors import CheckpointError
+from awqc.observers.activations import Activations
 from awqc.passes.clip_weights import ClipWeights
-from awqc.runtime import QuantLinear
+from awqc.runtime.linear import QuantLinear
 from tests.models import gpt2, llama, qwen2, ragged_llama
 
 CONFIG = QuantConfig(group_size=32)

@@ -47,7 +47,9 @@ def module_name(source: str) -> str:
 
 def test_the_sources_are_found() -> None:
     """So that the tests below are about something."""
-    assert {"awqc/flow.py", "awqc/rules/__init__.py", "passes/lower.py", "backends/cpu.py"} <= set(SOURCES)
+    assert {"awqc/scaleflow/flow.py", "awqc/rules/__init__.py", "passes/lower.py", "backends/cpu.py"} <= set(
+        SOURCES
+    )
     assert "awqc/passes/lower.py" not in SOURCES
 
 
@@ -173,7 +175,7 @@ def may_subscript(source: str, node: ast.Subscript) -> bool:
         return True
     if source.startswith("awqc/rules/"):
         return ast.unparse(node.value) == "op.args"
-    return source == "awqc/flow.py" and isinstance(node.slice, ast.Slice)
+    return source == "awqc/scaleflow/flow.py" and isinstance(node.slice, ast.Slice)
 
 
 def test_operands_are_read_in_the_typed_views() -> None:

@@ -16,8 +16,8 @@ from awqc.capture import capture, eager_outputs
 from awqc.errors import CaptureError, VerifyError
 from awqc.made_up import stand_ins
 from awqc.memory import MemoryLimit
-from awqc.sites import Site
-from awqc.source import ModelSource, aliases, named_tensors, open_source
+from awqc.scaleflow.sites import Site
+from awqc.storage.source import ModelSource, aliases, named_tensors, open_source
 from awqc.weights import Weights
 from tests.mixtures import build
 from tests.models import gpt2, llama

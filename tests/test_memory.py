@@ -12,14 +12,14 @@ from torch import Tensor
 
 import awqc
 from awqc import QuantConfig
-from awqc.activations import Activations
 from awqc.errors import ConfigError
-from awqc.grams import SampledGram
-from awqc.input_statistics import InputStatistics
-from awqc.loss import gram_blocks, output_loss
 from awqc.memory import MemoryLimit, choose_kinds, memory_limit
+from awqc.observers.activations import Activations
+from awqc.observers.grams import SampledGram
+from awqc.observers.input_statistics import InputStatistics
+from awqc.observers.samples import Samples
 from awqc.passes.round_weights import RoundWeights
-from awqc.samples import Samples
+from awqc.quantization.loss import gram_blocks, output_loss
 from tests.test_streaming import MODELS, compile_to, tensors
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import awqc
 from awqc import CompiledModel, Pipeline, QuantConfig
-from awqc.experts import QuantExperts
 from awqc.quantized import QuantizedWeight
+from awqc.runtime.experts import QuantExperts
 from tests.checkpoints import specification
 from tests.mixtures import EXPERTS, MIXTURES, build, token_ids
 

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_flatten
 
 import awqc
 from awqc import QuantConfig
-from awqc.activations import Activations
 from awqc.capture import capture
 from awqc.context import Context
 from awqc.driver import default_pipeline
@@ -20,9 +19,10 @@ from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.memory import MemoryLimit
 from awqc.needs import available, check_fits, stage_needs
+from awqc.observers.activations import Activations
+from awqc.observers.stages import Stage, Stages
 from awqc.pipeline import Pipeline
-from awqc.source import from_module
-from awqc.stages import Stage, Stages
+from awqc.storage.source import from_module
 from tests import mixtures, models
 
 CPU = torch.device("cpu")

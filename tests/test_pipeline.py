@@ -16,7 +16,7 @@ from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
 from awqc.graph import Graph
-from awqc.lowered import LoweredLinears
+from awqc.observers.stages import Stages
 from awqc.passes.canonicalize import Canonicalize
 from awqc.passes.clip_weights import ClipWeights
 from awqc.passes.find_scale_groups import FindScaleGroups
@@ -26,8 +26,8 @@ from awqc.passes.lower import Lower
 from awqc.passes.round_weights import RoundWeights
 from awqc.passes.search_scales import SearchScales
 from awqc.pipeline import Pass, Pipeline, third_party_passes
-from awqc.scales import Scales
-from awqc.stages import Stages
+from awqc.quantization.scales import Scales
+from awqc.runtime.lowered import LoweredLinears
 from awqc.views import linears
 from tests.passes.graphs import ANALYSIS, OBSERVED, Look, Mlp, context_of, graph_of, run, samples
 
@@ -445,7 +445,7 @@ def test_passes_of_installed_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pass_of_one_s_own_in_the_default_pipeline() -> None:
     """Between awqc's passes it sees their facts, and changes what the later ones do."""
-    from awqc.schemes import Schemes
+    from awqc.quantization.schemes import Schemes
 
     def eight_bits(graph: Graph, context: Context) -> None:
         schemes = graph.facts[Schemes]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from awqc.capture import capture
 from awqc.graph import Graph
 from awqc.passes.canonicalize import Canonicalize
-from awqc.source import from_module
+from awqc.storage.source import from_module
 from awqc.views import ExpertLinear, expert_linears
 from awqc.weights import Weights
 from tests.passes.graphs import context_of, run

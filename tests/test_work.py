@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awqc.capture import capture
-from awqc.source import from_module
+from awqc.storage.source import from_module
 from awqc.views import linears
 from awqc.work import Work, matrices_of, rows, run, weights_read
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from awqc.capture.regions import LinearInputs, Region, inner_linears
 from awqc.errors import CaptureError
 from awqc.graph import Graph
-from awqc.source import named_tensors
+from awqc.storage.source import named_tensors
 from awqc.views import BUFFER, CONSTANT, PARAMETER
 from awqc.weights import Weights
 

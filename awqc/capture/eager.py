@@ -11,7 +11,7 @@ from awqc.capture.numerics import eager_outputs
 from awqc.capture.regions import Region, Structure, result_without_weights
 from awqc.capture.subject import Subject
 from awqc.graph import Graph
-from awqc.source import named_tensors
+from awqc.storage.source import named_tensors
 
 
 def as_it_is(subject: Subject) -> Graph:

@@ -31,7 +31,7 @@ from awqc.capture.whole import FEW, explicit_arguments, trace, with_arguments, w
 from awqc.errors import CaptureError
 from awqc.graph import Graph
 from awqc.replaceable import MoreThanLinear, more_than_linear
-from awqc.source import ModelSource, named_tensors
+from awqc.storage.source import ModelSource, named_tensors
 
 #: A way of capturing; it is given the failure of plain ``torch.export``.
 Rung = Callable[[Subject, CaptureError], Graph]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from awqc.source import swapped_tensors
+from awqc.storage.source import swapped_tensors
 from awqc.weights import Weights
 
 #: What is asked of a tensor without looking at its values.

@@ -16,7 +16,7 @@ from awqc.capture.report import CaptureReport
 from awqc.capture.tracing import accepted_settings, evaluation_mode, reason, same_random
 from awqc.errors import CaptureError
 from awqc.graph import Graph
-from awqc.source import named_tensors, swapped_tensors
+from awqc.storage.source import named_tensors, swapped_tensors
 from awqc.weights import Weights
 
 

@@ -27,7 +27,7 @@ from awqc.capture.traced_regions import TracedRegions
 from awqc.capture.tracing import Fakes, evaluation_mode, export, reason
 from awqc.errors import CaptureError
 from awqc.graph import Graph
-from awqc.source import named_tensors, swapped_tensors
+from awqc.storage.source import named_tensors, swapped_tensors
 
 _MISSING = object()
 _Traced = tuple[Graph, list[Any]]

@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from awqc.capture.nests import open_dataclasses
 from awqc.capture.tracing import evaluation_mode, reason, same_random
 from awqc.errors import CaptureError
-from awqc.source import named_tensors, swapped_tensors
+from awqc.storage.source import named_tensors, swapped_tensors
 
 _SLOT = object()
 #: Products of sorted rows with the weights of experts, where torch has them.

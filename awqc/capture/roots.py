@@ -14,7 +14,7 @@ from awqc.capture.lent import lent_weights
 from awqc.capture.regions import Reached, stand_in
 from awqc.capture.tracing import accepted_settings, evaluation_mode, reason
 from awqc.errors import CaptureError, ConfigError
-from awqc.source import ModelSource, named_tensors, swapped_tensors
+from awqc.storage.source import ModelSource, named_tensors, swapped_tensors
 from awqc.weights import Weights
 
 

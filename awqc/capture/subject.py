@@ -11,7 +11,7 @@ from torch import nn
 
 from awqc.capture.builder import Builder
 from awqc.capture.tracing import accepted_settings
-from awqc.source import ModelSource, aliases, named_tensors
+from awqc.storage.source import ModelSource, aliases, named_tensors
 from awqc.weights import Weights
 
 

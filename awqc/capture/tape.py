@@ -20,7 +20,7 @@ from awqc.capture.tracing import evaluation_mode, quick_tracing, reason
 from awqc.errors import CaptureError
 from awqc.functional import functionalize
 from awqc.graph import Env, Graph, execute
-from awqc.source import swapped_tensors
+from awqc.storage.source import swapped_tensors
 from awqc.views import BUFFER, PARAMETER
 
 

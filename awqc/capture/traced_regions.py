@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from awqc.capture.regions import Region, Structure, result_without_weights
 from awqc.errors import CaptureError
-from awqc.source import named_tensors
+from awqc.storage.source import named_tensors
 from awqc.views import operand
 
 _LIBRARY = torch.library.Library("awqc", "FRAGMENT")

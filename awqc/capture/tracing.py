@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from awqc.capture.nests import open_dataclasses
 from awqc.errors import CaptureError
-from awqc.source import swapped_tensors
+from awqc.storage.source import swapped_tensors
 
 #: Forward arguments that would make the graph stateful or its output a tuple.
 _SETTINGS = {"use_cache": False}

@@ -52,7 +52,7 @@ def _demo(out: Path, bars: Bars) -> dict[str, Any]:
     from awqc.config import QuantConfig
     from awqc.demo import CALIBRATION_TEXT, EVALUATION_TEXT, MODEL_PATH
     from awqc.evaluate import compare
-    from awqc.source import load_tokenizer
+    from awqc.storage.source import load_tokenizer
 
     check_output(out)
     original, tokenizer = open_model(MODEL_PATH), load_tokenizer(MODEL_PATH)

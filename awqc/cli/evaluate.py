@@ -61,7 +61,7 @@ def evaluate(
         from awqc.calibration import all_tokens
         from awqc.cli.models import Division, open_model
         from awqc.evaluate import compare, perplexity
-        from awqc.source import load_tokenizer
+        from awqc.storage.source import load_tokenizer
 
         division = Division(device_map, max_memory, offload_folder)
         module = open_model(model, backend, device, dtype, division)

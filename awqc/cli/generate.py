@@ -69,7 +69,7 @@ def generate(
     """Continue a prompt with MODEL, float or quantized."""
     with Bars("reading the model"):
         from awqc.cli.models import Division, open_model
-        from awqc.source import load_tokenizer
+        from awqc.storage.source import load_tokenizer
 
         division = Division(device_map, max_memory, offload_folder)
         module = open_model(model, backend, device, dtype, division)

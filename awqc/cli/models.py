@@ -11,8 +11,8 @@ import transformers
 
 from awqc.checkpoints import open_checkpoint
 from awqc.errors import ConfigError
-from awqc.loading import load
-from awqc.source import open_source
+from awqc.storage.loading import load
+from awqc.storage.source import open_source
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

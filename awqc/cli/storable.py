@@ -9,8 +9,8 @@ from awqc.checkpoints import check_format
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.pipeline import Pass
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import Scheme
-from awqc.schemes import Schemes
 from awqc.views import ExpertLinear, Linear, expert_linears, linears
 
 

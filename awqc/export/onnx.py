@@ -23,7 +23,7 @@ from awqc.export.genai import CONFIG_FILE, genai_config
 from awqc.export.linears import Dequantize, Form, MatMulNBits
 from awqc.export.lowering import lower
 from awqc.export.program import trace
-from awqc.source import from_module, load_tokenizer
+from awqc.storage.source import from_module, load_tokenizer
 
 #: Name of the model within the directory.
 MODEL_FILE = "model.onnx"

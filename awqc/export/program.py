@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from awqc.errors import CaptureError
-from awqc.experts import QuantExperts
 from awqc.export.decoder import Decoder, Interface
 from awqc.export.names import rename
 from awqc.export.translations import TRANSLATIONS
-from awqc.packed import PackedModule
+from awqc.runtime.experts import QuantExperts
+from awqc.runtime.packed import PackedModule
 
 #: The ops of quantized linears: inputs x, codes, scales, zeros, bias or none, for experts offsets or none, as
 #: ``awqc::qlinear`` and ``awqc::qexperts`` have them; attributes ``bits`` and ``group_size``.

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from awqc.experts import QuantExperts
 from awqc.inspection.subject import Subject
 from awqc.kernels.launch import Launch, launches, nbytes
-from awqc.lowered_graph import node_name
 from awqc.page.layers import Layers
 from awqc.quantized import packed_bytes
+from awqc.runtime.experts import QuantExperts
+from awqc.runtime.lowered_graph import node_name
 from awqc.text import node_op
 from awqc.views import REGROUPS, linear, operand
 

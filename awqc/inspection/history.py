@@ -13,10 +13,10 @@ from awqc.errors import ConfigError
 from awqc.inspection.cost import like
 from awqc.kernels.hardware import Hardware, assumed
 from awqc.kernels.launch import Launch, launches
-from awqc.lowering import lower_linear, reasons
 from awqc.page.data import read_scheme
 from awqc.quantized import without_values
 from awqc.report import GroupRow, LinearRow, Report
+from awqc.runtime.lowering import lower_linear, reasons
 
 
 @dataclass(frozen=True)

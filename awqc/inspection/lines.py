@@ -14,8 +14,8 @@ from torch import fx
 from awqc.inspection.cost import arguments, result
 from awqc.inspection.subject import Subject
 from awqc.kernels.launch import launches
-from awqc.lowered_graph import node_name
 from awqc.page.graphs import node_layers
+from awqc.runtime.lowered_graph import node_name
 from awqc.text import graph_text, node_op, value_type
 
 #: Numbers of nodes and in names of modules, which differ between layers that are alike.

@@ -21,11 +21,11 @@ from awqc.graph import Graph
 from awqc.kernels.hardware import Hardware as Hardware
 from awqc.kernels.hardware import assumed, known
 from awqc.kernels.hardware import hardware as hardware_of
-from awqc.lowered import LoweredExperts, LoweredLinears
-from awqc.packed import PackedModule
 from awqc.quantized import Scheme
 from awqc.report import Report
-from awqc.source import ModelSource, named_tensors, skeleton
+from awqc.runtime.lowered import LoweredExperts, LoweredLinears
+from awqc.runtime.packed import PackedModule
+from awqc.storage.source import ModelSource, named_tensors, skeleton
 
 #: What the graph before the first pass is called.
 CAPTURED = "captured"

@@ -17,12 +17,12 @@ from awqc.context import Context
 from awqc.driver import canonical_pipeline
 from awqc.inspection.outline import Outline, find_hardware, outline
 from awqc.kernels.hardware import Hardware
-from awqc.loading import load
-from awqc.lowered_graph import quantized_linear
-from awqc.packed import PackedModule
 from awqc.page.layers import Layers
 from awqc.report import LinearRow, Report
-from awqc.source import ModelSource, named_tensors
+from awqc.runtime.lowered_graph import quantized_linear
+from awqc.runtime.packed import PackedModule
+from awqc.storage.loading import load
+from awqc.storage.source import ModelSource, named_tensors
 
 
 @dataclass(frozen=True)

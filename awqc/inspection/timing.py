@@ -15,7 +15,7 @@ from awqc.inspection.subject import Subject
 from awqc.kernels.autotune import graph_milliseconds
 from awqc.kernels.hardware import hardware
 from awqc.kernels.streaming_read import ROTATED, call_seconds, streaming_seconds
-from awqc.lowered_graph import node_name
+from awqc.runtime.lowered_graph import node_name
 
 #: Bytes of the read that tells the bandwidth.
 _READ = 64 << 20

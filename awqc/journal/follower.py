@@ -9,11 +9,11 @@ from awqc.errors import JournalError
 from awqc.journal.entry import read_entry
 from awqc.journal.identity import Identity
 from awqc.journal.journal import Journal
+from awqc.observers.stages import Stage
 from awqc.report import Report
-from awqc.stages import Stage
 
 if TYPE_CHECKING:
-    from awqc.activations import Activations
+    from awqc.observers.activations import Activations
 
 
 class Follower(Journal):

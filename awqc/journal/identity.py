@@ -21,7 +21,7 @@ from awqc import __version__
 from awqc.checkpoints.record import hash_tensor
 from awqc.config import QuantConfig
 from awqc.pipeline import Pass, Pipeline
-from awqc.source import ModelSource, named_tensors
+from awqc.storage.source import ModelSource, named_tensors
 
 #: Files hashed at once.
 _THREADS = 8

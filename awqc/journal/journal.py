@@ -23,19 +23,19 @@ from torch import Tensor
 
 from awqc.checkpoints.tensors import read_tensor
 from awqc.errors import JournalError
-from awqc.groups import ScaleGroups
 from awqc.journal.entry import Entry, drop_entries, read_entry, read_sealed, write_entry, write_sealed
 from awqc.journal.identity import Identity, SourceDigest
 from awqc.journal.store import JournalStore, moved
+from awqc.observers.stages import Stage
+from awqc.quantization.scales import FoldedScales
 from awqc.ranks import current
 from awqc.report import Report, group_row, linear_row
-from awqc.scales import FoldedScales
-from awqc.stages import Stage
+from awqc.scaleflow.groups import ScaleGroups
 from awqc.weights import Memory, Rounded
 
 if TYPE_CHECKING:
-    from awqc.activations import Activations
     from awqc.graph import Graph
+    from awqc.observers.activations import Activations
 
 _IDENTITY, _WEIGHTS, _LOCK = "identity.json", "weights.json", "lock"
 #: In front of the name of a vector of scales that was folded.

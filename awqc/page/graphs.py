@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from awqc.lowered_graph import quantized_linear
 from awqc.page.layers import Layers
 from awqc.report import Report
+from awqc.runtime.lowered_graph import quantized_linear
 from awqc.text import graph_text
 
 if TYPE_CHECKING:
-    from awqc.groups import ScaleGroup
-    from awqc.sites import Part
+    from awqc.scaleflow.groups import ScaleGroup
+    from awqc.scaleflow.sites import Part
 
 #: Length of the input that graphs are captured with.
 _TOKENS = 16
@@ -56,7 +56,7 @@ def of_checkpoint(
         AwqcError: if it cannot be loaded or captured.
     """
     from awqc.analysis import analyze
-    from awqc.loading import load
+    from awqc.storage.loading import load
 
     ids = torch.arange(_TOKENS)[None] % 2
     before = analyze(path, ids)

@@ -18,7 +18,6 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import fx, nn
 
-from awqc.activations import dependent_on
 from awqc.backend import Backend
 from awqc.calibration import sequence_limit, token_batch
 from awqc.capture import capture
@@ -33,14 +32,15 @@ from awqc.graph import Graph
 from awqc.made_up import stand_ins
 from awqc.memory import SHARD_SHARE, MemoryLimit, memory_limit
 from awqc.needs import Needs, StageNeeds, check_fits, stage_needs
+from awqc.observers.activations import dependent_on
+from awqc.observers.products import propagation_dtype
+from awqc.observers.stages import Stage, Stages
 from awqc.pipeline import Pass, Pipeline
 from awqc.planning.rates import Rates, measure
-from awqc.products import propagation_dtype
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import packed_bytes
 from awqc.report import Report
-from awqc.schemes import Schemes
-from awqc.source import aliases, from_module, named_tensors, skeleton
-from awqc.stages import Stage, Stages
+from awqc.storage.source import aliases, from_module, named_tensors, skeleton
 from awqc.weights import Weights
 from awqc.work import Work, matrices_of, quantized_views, run, weights_read
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from awqc.backend import Backend
-from awqc.clipping import clipped_grid
-from awqc.input_statistics import GRAM_BLOCK, InputStatistics
-from awqc.loss import gram_blocks
-from awqc.lowering import lower_linear
-from awqc.products import RoundedLinear, propagation_dtype
+from awqc.observers.input_statistics import GRAM_BLOCK, InputStatistics
+from awqc.observers.products import RoundedLinear, propagation_dtype
+from awqc.quantization.clipping import clipped_grid
+from awqc.quantization.loss import gram_blocks
+from awqc.quantization.rounding import ColumnGrid, compensated_codes, feedback, visiting_order
 from awqc.quantized import Scheme, minmax_grid, quantize
-from awqc.rounding import ColumnGrid, compensated_codes, feedback, visiting_order
+from awqc.runtime.lowering import lower_linear
 from awqc.work import Work
 
 #: Seconds that one kind of work is repeated for, and times at least.

@@ -1,7 +1,7 @@
 """Scale rules for ATen ops, one family a file: what dividing an operand does to the result.
 
-A rule is a function of :class:`awqc.op.Op` that returns the abstract value of the node, registered with
-the ops it covers and samples that prove it:
+A rule is a function of :class:`awqc.scaleflow.op.Op` that returns the abstract value of the node, registered
+with the ops it covers and samples that prove it:
 
     @rule(aten.relu.default, samples=[Sample((example(3, 4),), scale={0: ids})])
     def relu(op: Op) -> Value:
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from awqc.op import Rule
+from awqc.scaleflow.op import Rule
 
 _RULES: dict[Any, Rule] = {}
 _SAMPLES: dict[Any, list[Sample]] = {}
@@ -63,7 +63,8 @@ def rule(*ops: Any, samples: Sequence[Sample], rows: bool = False) -> Callable[[
     """Register a rule for ``ops``; ``samples`` are run by the tests against every op of the rule.
 
     Args:
-        rows: the rule itself says which expert serves each row of its result (see :mod:`awqc.routing`);
+        rows: the rule itself says which expert serves each row of its result, see
+            :mod:`awqc.scaleflow.routing`;
             for any other it is found by asking the rule where row numbers go.
 
     Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from awqc.op import Op
 from awqc.rules import Sample, example, rule
 from awqc.rules.creation import is_zero
 from awqc.rules.sums import agreed
-from awqc.scaled import Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Value
 
 aten = torch.ops.aten
 

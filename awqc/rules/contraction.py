@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from awqc.op import Op
 from awqc.rules import Sample, example, rule
 from awqc.rules.sums import joins_broadcast
-from awqc.scaled import Scaled, Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Scaled, Value
 
 aten = torch.ops.aten
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from awqc.op import Op
 from awqc.rules import Sample, example, rule
-from awqc.scaled import Scaled, Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Scaled, Value
 from awqc.views import shape
 
 aten = torch.ops.aten

@@ -6,9 +6,9 @@ import torch
 from torch import fx
 
 from awqc.functional import written
-from awqc.op import Op
 from awqc.rules import Sample, example, rule
-from awqc.scaled import Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Value
 from awqc.views import operand
 
 aten = torch.ops.aten

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from awqc.op import Op
 from awqc.rules import Sample, example, rule
-from awqc.scaled import Scaled, Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Scaled, Value
 
 aten = torch.ops.aten
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from awqc.op import Op
-from awqc.routing import Routing, routing_key
 from awqc.rules import Sample, example, rule
-from awqc.scaled import Scaled, Value, unexpanded
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.routing import Routing, routing_key
+from awqc.scaleflow.scaled import Scaled, Value, unexpanded
 from awqc.views import GROUPED_LINEAR, shape
 
 _X = example(7, 4)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from awqc.op import Op
 from awqc.rules import Sample, example, rule
-from awqc.scaled import Scaled, Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Scaled, Value
 from awqc.views import call_on, operand
 
 aten = torch.ops.aten

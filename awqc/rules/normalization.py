@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from awqc.op import Op
 from awqc.rules import Sample, example, rule
 from awqc.rules.sums import joins_broadcast
-from awqc.scaled import Scaled, Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Scaled, Value
 
 aten = torch.ops.aten
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from awqc.op import Op
 from awqc.rules import Sample, example, rule
 from awqc.rules.elementwise import multiplied
-from awqc.scaled import Scaled, Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Scaled, Value
 from awqc.views import operand, shape
 
 aten = torch.ops.aten

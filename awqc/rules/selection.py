@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from awqc.op import Op
-from awqc.routing import Routing
 from awqc.rules import Sample, example, rule
 from awqc.rules.creation import is_zero
 from awqc.rules.sums import agreed
-from awqc.scaled import Scaled, Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.routing import Routing
+from awqc.scaleflow.scaled import Scaled, Value
 from awqc.views import picked, shape
 
 aten = torch.ops.aten

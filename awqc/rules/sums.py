@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from awqc.op import Op
 from awqc.rules import Sample, example, rule
 from awqc.rules.creation import is_zero
 from awqc.rules.elementwise import multiplied
-from awqc.scaled import Scaled, Value
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Scaled, Value
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from awqc.backend import LinearShape, backends
-from awqc.lowering import lower_linear
 from awqc.quantized import QuantizedWeight, Scheme, quantize
-from awqc.runtime import QuantLinear
+from awqc.runtime.linear import QuantLinear
+from awqc.runtime.lowering import lower_linear
 
 CPU = torch.device("cpu")
 #: Where backends run here. Triton's kernels run on the CPU too, interpreted.

@@ -9,8 +9,8 @@ import torch
 
 from awqc.backend import LinearShape, backends
 from awqc.backends.reference import ReferenceBackend
-from awqc.lowering import lower_linear
 from awqc.quantized import QuantizedWeight, Scheme, quantize, stack
+from awqc.runtime.lowering import lower_linear
 
 CPU = torch.device("cpu")
 #: Where experts run here, with the first dtype that each backend takes there.

@@ -16,7 +16,7 @@ from awqc.capture.regions import in_float64
 from awqc.capture.scans import longest, reads_steps
 from awqc.errors import CaptureError
 from awqc.graph import Graph
-from awqc.source import from_module
+from awqc.storage.source import from_module
 from awqc.views import linears
 from tests.nets import WIDTH, Net, inputs, linear, norm
 

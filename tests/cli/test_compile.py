@@ -234,7 +234,7 @@ def test_a_result_that_the_format_turns_out_not_to_carry_is_kept_in_another(
     pass_file.write_text(
         "from dataclasses import dataclass\n"
         "import awqc\n"
-        "from awqc.schemes import Schemes\n"
+        "from awqc.quantization.schemes import Schemes\n"
         "@dataclass(frozen=True)\n"
         "class Wider(awqc.Pass):\n"
         "    name = 'wider'\n"

@@ -19,7 +19,7 @@ from awqc.passes.find_scale_groups import FindScaleGroups
 from awqc.passes.fold_constants import FoldConstants
 from awqc.passes.insert_observers import InsertObservers
 from awqc.pipeline import Pass, Pipeline
-from awqc.source import from_module
+from awqc.storage.source import from_module
 from awqc.views import linears
 
 #: Passes over the whole graph that come before calibration.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from awqc.lowered import QuantizedLinears
 from awqc.passes.assume_rounded import AssumeRounded
 from awqc.passes.quantize_linears import QuantizeLinears
 from awqc.quantized import Scheme
+from awqc.runtime.lowered import QuantizedLinears
 from tests.passes.experts import STACKS, mixed
 from tests.passes.graphs import ANALYSIS, Mlp, ops, run, samples
 

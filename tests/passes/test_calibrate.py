@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from awqc.observers.statistics import Statistics
 from awqc.passes.calibrate import Calibrate
 from awqc.passes.round_weights import RoundWeights
 from awqc.quantized import Scheme, quantize
-from awqc.statistics import Statistics
 from tests.passes.graphs import ANALYSIS, OBSERVED, Look, Mlp, run, samples
 
 

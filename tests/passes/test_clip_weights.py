@@ -6,13 +6,13 @@ import torch
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.grids import Grids
+from awqc.observers.statistics import Statistics
 from awqc.passes.clip_weights import ClipWeights
 from awqc.passes.round_weights import RoundWeights
+from awqc.quantization.grids import Grids
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import Scheme, minmax_grid
 from awqc.report import LinearRow
-from awqc.schemes import Schemes
-from awqc.statistics import Statistics
 from tests.passes.experts import STACKS, mixed, original
 from tests.passes.graphs import OBSERVED, Look, Mlp, run, samples
 

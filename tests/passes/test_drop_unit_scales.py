@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from awqc.capture import relative_error
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.input_scales import input_scale
 from awqc.passes.calibrate import Calibrate
 from awqc.passes.drop_unit_scales import DropUnitScales
 from awqc.passes.find_scale_groups import FindScaleGroups
@@ -23,7 +22,8 @@ from awqc.passes.insert_observers import InsertObservers
 from awqc.passes.round_weights import RoundWeights
 from awqc.passes.scale_inputs import ScaleInputs
 from awqc.pipeline import Pass
-from awqc.scales import Scales
+from awqc.quantization.scales import Scales
+from awqc.runtime.input_scales import input_scale
 from awqc.views import linears
 from tests.passes.graphs import Mlp, run, samples
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from awqc import rules
 from awqc.errors import VerifyError
-from awqc.groups import ScaleGroups
 from awqc.passes.canonicalize import Canonicalize
 from awqc.passes.find_scale_groups import FindScaleGroups
 from awqc.passes.fold_constants import FoldConstants
+from awqc.scaleflow.groups import ScaleGroups
 from tests.passes.graphs import Mlp, run, samples
 
 BEFORE = (Canonicalize(), FoldConstants())

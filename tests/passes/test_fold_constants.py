@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from awqc.graph import Graph
-from awqc.groups import ScaleGroups, random_scales
 from awqc.passes.canonicalize import Canonicalize
 from awqc.passes.find_scale_groups import FindScaleGroups
 from awqc.passes.fold_constants import FoldConstants
-from awqc.sites import Site, Sites
+from awqc.scaleflow.groups import ScaleGroups, random_scales
+from awqc.scaleflow.sites import Site, Sites
 from tests.passes.graphs import run
 
 X = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))

@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from awqc.activations import Activations
 from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
 from awqc.flags import Flags
 from awqc.graph import Graph
-from awqc.groups import ScaleGroup, ScaleGroups
+from awqc.observers.activations import Activations
+from awqc.observers.stages import Stages
+from awqc.observers.statistics import Statistics
 from awqc.passes.clip_weights import ClipWeights
 from awqc.passes.fold_scales import FoldScales
 from awqc.passes.round_weights import RoundWeights
 from awqc.passes.search_scales import SearchScales
 from awqc.pipeline import Pipeline
-from awqc.scales import Scales
-from awqc.stages import Stages
-from awqc.statistics import Statistics
+from awqc.quantization.scales import Scales
+from awqc.scaleflow.groups import ScaleGroup, ScaleGroups
 from tests.mixtures import EXPERTS
 from tests.passes.experts import mixed
 from tests.passes.graphs import OBSERVED, Look, Mlp, context_of, graph_of, run, samples

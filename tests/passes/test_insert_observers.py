@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from awqc.errors import ConfigError
+from awqc.observers.stages import Observers, Stages
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import Scheme
-from awqc.schemes import Schemes
-from awqc.stages import Observers, Stages
 from tests.passes.experts import STACKS, mixed
 from tests.passes.graphs import ANALYSIS, Mlp, run, samples
 

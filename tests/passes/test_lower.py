@@ -13,11 +13,11 @@ from awqc.backends.cpu import CpuBackend
 from awqc.context import Context
 from awqc.errors import PipelineError
 from awqc.graph import Graph
-from awqc.lowered import LoweredExperts, LoweredLinears, QuantizedLinears
 from awqc.passes.lower import Lower
 from awqc.passes.quantize_linears import QuantizeLinears
 from awqc.passes.round_weights import RoundWeights
 from awqc.pipeline import Pipeline
+from awqc.runtime.lowered import LoweredExperts, LoweredLinears, QuantizedLinears
 from tests.passes.experts import STACKS, mixed
 from tests.passes.graphs import OBSERVED, Mlp, ops, run, samples
 

@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.lowered import QuantizedLinears
 from awqc.passes.quantize_linears import QuantizeLinears
 from awqc.passes.round_weights import RoundWeights
-from awqc.schemes import Schemes
+from awqc.quantization.schemes import Schemes
+from awqc.runtime.lowered import QuantizedLinears
 from tests.mixtures import Mixture
 from tests.passes.experts import STACKS, mixed
 from tests.passes.graphs import OBSERVED, Look, Mlp, ops, parameters, run, samples

@@ -11,15 +11,15 @@ from transformers.pytorch_utils import Conv1D
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.grids import Grids
-from awqc.loss import output_loss
+from awqc.observers.statistics import Statistics
 from awqc.passes.clip_weights import ClipWeights
 from awqc.passes.round_weights import RoundWeights
+from awqc.quantization.grids import Grids
+from awqc.quantization.loss import output_loss
+from awqc.quantization.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
+from awqc.quantization.schemes import Schemes
 from awqc.quantized import Grid, Scheme, minmax_grid, quantize
 from awqc.report import LinearRow
-from awqc.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
-from awqc.schemes import Schemes
-from awqc.statistics import Statistics
 from tests.mixtures import EXPERTS
 from tests.passes.experts import STACKS, mixed, original
 from tests.passes.graphs import OBSERVED, Look, Mlp, run, samples

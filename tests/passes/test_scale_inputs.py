@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awqc.groups import ScaleGroups
-from awqc.input_scales import InputScales
 from awqc.passes.find_scale_groups import FindScaleGroups
 from awqc.passes.fold_constants import FoldConstants
 from awqc.passes.scale_inputs import ScaleInputs
+from awqc.runtime.input_scales import InputScales
+from awqc.scaleflow.groups import ScaleGroups
 from tests.passes.graphs import Mlp, ops, run, samples
 
 PASSES = (ScaleInputs(), FoldConstants(), FindScaleGroups())

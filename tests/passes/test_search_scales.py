@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.groups import ScaleGroups
+from awqc.observers.statistics import Statistics
 from awqc.passes.fold_scales import FoldScales
 from awqc.passes.round_weights import RoundWeights
 from awqc.passes.search_scales import SearchScales
+from awqc.quantization.scales import Scales
 from awqc.report import GroupRow
-from awqc.scales import Scales
-from awqc.statistics import Statistics
+from awqc.scaleflow.groups import ScaleGroups
 from awqc.views import expert_linears
 from tests.passes.experts import mixed
 from tests.passes.graphs import OBSERVED, Look, Mlp, run, samples

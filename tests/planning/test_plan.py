@@ -11,11 +11,11 @@ from transformers import LlamaForCausalLM
 
 import awqc
 from awqc import Context, Pass, Pipeline, Plan, QuantConfig
-from awqc.compiled import CompiledModel
 from awqc.errors import ConfigError
 from awqc.graph import Graph
 from awqc.planning import Rates, measure
-from awqc.source import skeleton
+from awqc.runtime.compiled import CompiledModel
+from awqc.storage.source import skeleton
 from tests import mixtures
 
 CONFIG = QuantConfig(group_size=32, keep=("*.0.self_attn.q_proj",))

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from awqc import rules
-from awqc.flow import Flow
 from awqc.graph import Graph
-from awqc.op import Op
 from awqc.rules import Sample
-from awqc.scaled import Scaled, Value
-from awqc.sites import find_sites
+from awqc.scaleflow.flow import Flow
+from awqc.scaleflow.op import Op
+from awqc.scaleflow.scaled import Scaled, Value
+from awqc.scaleflow.sites import find_sites
 from awqc.views import CONSTANT
 from awqc.weights import Weights
 

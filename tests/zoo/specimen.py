@@ -6,7 +6,7 @@ from torch import nn
 
 import awqc
 from awqc.analysis import Analysis
-from awqc.groups import ScaleGroup
+from awqc.scaleflow.groups import ScaleGroup
 from tests.zoo.models import build, token_ids
 
 BATCH = {"input_ids": token_ids()}

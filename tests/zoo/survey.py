@@ -32,9 +32,9 @@ import awqc
 from awqc.analysis import Analysis
 from awqc.capture import relative_error
 from awqc.capture.tracing import same_random
-from awqc.coverage import factors
 from awqc.errors import AwqcError
-from awqc.groups import ScaleGroup
+from awqc.scaleflow.coverage import factors
+from awqc.scaleflow.groups import ScaleGroup
 from awqc.views import shape
 from tests.zoo.catalog import CATALOG
 

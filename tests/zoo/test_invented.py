@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import awqc
 from awqc.analysis import Analysis
 from awqc.capture import relative_error
-from awqc.groups import ScaleGroup
+from awqc.scaleflow.groups import ScaleGroup
 from tests.zoo.build import randomize
 from tests.zoo.inputs import token_ids
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from awqc.analysis import Analysis
 from awqc.capture import relative_error
-from awqc.groups import random_scales
-from awqc.sites import fold
+from awqc.scaleflow.groups import random_scales
+from awqc.scaleflow.sites import fold
 from awqc.views import linears
 from tests.golden.compare import check_golden
 from tests.zoo.models import ZOO

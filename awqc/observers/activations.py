@@ -1,0 +1,375 @@
+"""Calibration: tokens move through the graph stage by stage, each op once, and leave statistics behind.
+
+A stage begins where an observed activation is about to be read by linears, and ends where the next one
+is. When a stage begins, the inputs of its linears are at hand for every sample, computed by the already
+quantized (or, as an option, the float) stages before it. Its linears are quantized from those statistics;
+only then do the tokens move on through the new weights. Nothing is ever run twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten
+
+from awqc.context import Context
+from awqc.errors import ConfigError, NonFiniteError
+from awqc.functional import rewrites
+from awqc.graph import Env, Graph, execute
+from awqc.memory import activations_place, choose_kinds
+from awqc.observers.dispatch import Rerouting, choice
+from awqc.observers.expert_statistics import ExpertStatistics
+from awqc.observers.input_statistics import InputStatistics, split_sample
+from awqc.observers.products import propagation_dtype, rounded_linears
+from awqc.observers.samples import Samples
+from awqc.observers.stages import Observer, Stage, Stages
+from awqc.observers.statistics import Statistics
+from awqc.scaleflow.groups import ScaleGroup, ScaleGroups
+from awqc.scaleflow.op import op_name
+from awqc.views import ExpertLinear, expert_linears, linears, shape
+from awqc.weights import Weights
+
+
+@dataclass
+class Activations:
+    """The calibration samples on their way through the graph: live values at the current stage.
+
+    Args:
+        graph: the graph they move through.
+        stages: its stages.
+        context: holds the calibration batches.
+    """
+
+    graph: Graph
+    stages: Stages
+    context: Context
+    samples: Samples = field(init=False)
+    #: every value of the first sample that a later check may need
+    history: Env = field(default_factory=dict)
+    #: What was done to the samples since somebody last cleared it: (name of a group, scales) where they were
+    #: divided, and ("", None) where they moved on.
+    events: list[tuple[str, Tensor | None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._nodes = self.graph.nodes
+        self._order = self.graph.order()
+        self._rewrites = rewrites(self.graph)
+        #: nodes that weights alone determine: computed anew wherever they are read
+        self.weight_only = weight_only(self.graph)
+        self._static: Env = {}
+        weights = self.graph.weights
+        self._dtype = propagation_dtype(self.context.config.propagate_dtype, weights.dtype, weights.device)
+        if self._dtype is not None:
+            self.context.report.note("calibration", f"tokens move through products in {self._dtype}")
+        count, ranks = len(self.context.batches), self.context.ranks
+        if count < ranks.count:
+            raise ConfigError(
+                f"{ranks.count} processes and {count} calibration samples: each process needs one, so start "
+                "fewer"
+            )
+        #: Where the samples have come to, and the position that their values are of: it lies behind where
+        #: what is live there would take too much memory. Then it is computed anew when it is needed.
+        self._position = self._held = 0
+        self._rerouted = self._rerouting() if self.context.config.calibrate_all_experts else {}
+        self._run_static()
+        mine, limit = ranks.mine(self.context.batches), self.context.limit
+        place, self._allowed = activations_place(self._narrowest(), limit, weights.device)
+        if place != "device":
+            self.context.report.note("calibration", f"activations are kept on the {place} between stages")
+        self.samples = Samples(len(mine), weights.device, place, self.context.scratch)
+        for index, batch in enumerate(mine):
+            self.samples[index] = {n: batch[str(n.target)].to(weights.device) for n in self.graph.inputs}
+        self._move(self.stages.stages[0].start if self.stages.stages else 0)
+
+    @property
+    def resident(self) -> int:
+        """Bytes of samples on the device."""
+        held = self._bytes(self._held)
+        return (
+            held
+            if self.samples.place == "device"
+            else 2 * held // -(-len(self.context.batches) // self.context.ranks.count)
+        )
+
+    def advance(self, stage: Stage) -> None:
+        """Run ``stage`` on every sample with the current weights; a second call does nothing."""
+        if self._position == stage.start:
+            self.events.append(("", None))
+            self._move(stage.end if stage is not self.stages.stages[-1] else stage.start)
+
+    def observe(self, stage: Stage) -> Statistics:
+        """Statistics of the stage's activations over all samples.
+
+        Raises:
+            NonFiniteError: if one of them is NaN or Inf; names the first op that made it so.
+        """
+        statistics = Statistics()
+        device, config = self.graph.weights.device, self.context.config
+        group = config.group_size
+        kinds = choose_kinds(stage.observers, self.context.limit, device, group, True, self.resident)
+        for observer, kind in zip(stage.observers, kinds, strict=True):
+            tokens = math.prod(shape(observer.node)[:-1]) * len(self.context.batches)
+            if observer.linears:
+                width = observer.linears[0].in_features
+                statistics[observer.node] = InputStatistics.empty(width, device, kind, group, tokens)
+            if observer.stacks:
+                view, least = observer.stacks[0], config.min_expert_tokens
+                by_expert = ExpertStatistics(view, least, device, kind, group, tokens)
+                statistics.by_expert[observer.node] = by_expert
+            statistics.kinds[observer.node] = kind
+        routed = [s.view for s in statistics.by_expert.values() if s.view not in self._rerouted]
+        dispatched = [node for view in routed for node in (view.x, view.offsets) if node is not None]
+        ranks, count = self.context.ranks, len(self.context.batches)
+        calls = self._calls_behind([*statistics, *dispatched])
+        for start in range(0, count, ranks.count):
+            # One sample of each process; at the end some have none left.
+            sample = self.samples[start // ranks.count] if start + ranks.rank < count else None
+            values = {} if sample is None else self.evaluate([*statistics, *dispatched], sample, calls=calls)
+            for node, found in statistics.items():
+                width = found.mean_abs.shape[0]
+                x = found.mean_abs.new_empty(0, width) if sample is None else values[node].reshape(-1, width)
+                for index, each in enumerate(ranks.gather(x), start):
+                    for rows, held_out in split_sample(each, index, count) if index < count else ():
+                        found.add(rows, held_out, ranks)
+            for by_expert in statistics.by_expert.values():
+                own = [] if sample is None else self._expert_rows(by_expert.view, values, sample)
+                for index, parts in enumerate(self._gathered(list(own), by_expert.view), start):
+                    for expert, each in parts:
+                        for rows, held_out in split_sample(each, index, count):
+                            by_expert.add(expert, rows, held_out, ranks)
+        for observer in stage.observers:
+            for found in statistics.finish(observer.node, ranks):
+                # A NaN or Inf anywhere makes these sums non-finite.
+                total = found.mean_abs.sum() + found.gram.diagonal().sum() + found.held_out.diagonal().sum()
+                if not bool(torch.isfinite(total)):
+                    self._raise_non_finite(observer)
+        if "offloaded" in kinds:
+            statistics.offload()
+        return statistics
+
+    def _gathered(
+        self, parts: list[tuple[int, Tensor]], view: ExpertLinear
+    ) -> list[list[tuple[int, Tensor]]]:
+        """``(expert, rows)`` of every process."""
+        ranks = self.context.ranks
+        if ranks.count == 1:
+            return [parts]
+        nothing = torch.empty(0, view.in_features, device=self.graph.weights.device)
+        joined = ranks.gather(torch.cat([nothing, *(rows for _, rows in parts)]))
+        sizes = ranks.agree("", [(expert, len(rows)) for expert, rows in parts])
+        return [
+            list(zip([e for e, _ in each], rows.split([n for _, n in each]), strict=True))
+            for each, rows in zip(sizes, joined, strict=True)
+        ]
+
+    def _calls_behind(self, wanted: Iterable[fx.Node]) -> Mapping[fx.Node, Callable[..., Any]]:
+        """What to call for linears whose results are not held, though the samples have passed them."""
+        if self._held == self._position:
+            return {}
+        return rounded_linears(self._missing(wanted, {**self._static, **self.samples[0]}), self._dtype)
+
+    def _expert_rows(self, view: ExpertLinear, values: Env, sample: Env) -> Iterable[tuple[int, Tensor]]:
+        if view in self._rerouted:
+            return self._rerouted[view].rows(sample, self.evaluate)
+        if view.offsets is None:
+            # An expert's block has a row for every token; those it does not serve are zero.
+            return enumerate(x[x.any(-1)] for x in values[view.x])
+        return enumerate(view.rows(values[view.x], values[view.offsets]))
+
+    def fold(self, group: ScaleGroup, scales: Tensor) -> None:
+        """Follow the fold of ``scales`` into ``group``: values computed before it are divided alike."""
+        self.events.append((group.name, scales))
+        for index, sample in enumerate(self.samples):
+            if _divide(sample, group, scales):
+                self.samples[index] = sample
+        _divide(self.history, group, scales)
+
+    def evaluate(
+        self,
+        wanted: Iterable[fx.Node],
+        known: Env,
+        weights: Weights | None = None,
+        calls: Mapping[fx.Node, Callable[..., Any]] = MappingProxyType({}),
+    ) -> Env:
+        """Values of ``wanted``, computed from ``known`` and the current weights (or ``weights``) where
+        they are missing; ``calls`` as for :func:`awqc.graph.execute`."""
+        wanted = list(wanted)
+        env = {**self._static, **known}
+        values = weights or self.graph.weights
+        execute(self._missing(wanted, env), env, values, keep=[*wanted, *known], calls=calls)
+        return {node: env[node] for node in wanted}
+
+    def _missing(self, wanted: Iterable[fx.Node], env: Env) -> list[fx.Node]:
+        """Nodes to run, in order, so that every wanted value exists."""
+        needed: set[fx.Node] = set()
+        queue: list[fx.Node] = list(wanted)
+        again: set[fx.Node] = set()
+        while queue:
+            node = queue.pop()
+            if (node in env and node not in again) or node in needed or node.op != "call_function":
+                continue
+            needed.add(node)
+            queue.extend(node.all_input_nodes)
+            # What is made anew has to be written anew, also by ops whose results are known.
+            again.update(self._rewrites.get(node, ()))
+            queue.extend(self._rewrites.get(node, ()))
+        return sorted(needed, key=self._order.__getitem__)
+
+    def _run_static(self) -> None:
+        """Masks, positions, rotations: the same for every sample, so computed once and shared."""
+        varying = dependent_on(self.graph, lambda n: n.op == "placeholder")
+        nodes = [n for n in self._nodes if n.op == "call_function" and n not in varying | self.weight_only]
+        execute(nodes, self._static, self.graph.weights)
+
+    def _rerouting(self) -> dict[ExpertLinear, Rerouting]:
+        found = {}
+        for view in (view for stage in self.stages for view in stage.stacks):
+            chosen = choice(view)
+            if chosen is not None:
+                found[view] = Rerouting(view, chosen)
+            else:
+                self.context.report.note(
+                    "calibrate", f"{view.name}: no tensor says which experts a token goes to: routed as ever"
+                )
+        return found
+
+    def _move(self, end: int) -> None:
+        start, self._position = self._held, end
+        if self._held and self._bytes(self._held) < self._bytes(end) > self._allowed:
+            self.context.report.note("calibration", "wide activations are computed twice to save memory")
+            return
+        self._held = end
+        run = [
+            n
+            for n in self._nodes[start:end]
+            if n.op == "call_function" and n not in self._static and n not in self.weight_only
+        ]
+        before = {operand for n in run for operand in n.all_input_nodes if operand in self.weight_only}
+        run = sorted({*run, *self._missing(before, {})}, key=self._order.__getitem__)
+        keep = self._live(end)
+        calls = rounded_linears(run, self._dtype)
+        for index, sample in enumerate(self.samples):
+            env = {**self._static, **sample}
+            execute(run, env, self.graph.weights, keep=None if index == 0 else keep, calls=calls)
+            if index == 0:
+                self.history.update({n: env[n] for n in (*sample, *run) if n not in self.weight_only})
+            self.samples[index] = {n: env[n] for n in keep if n not in self._static}
+        self._prune_history(end)
+
+    def _bytes(self, position: int) -> int:
+        """Of everything live at ``position``, for all samples."""
+        live = [n.meta["val"] for n in self._live(position) if n not in self._static]
+        one = sum(t.nbytes for value in live for t in tree_flatten(value)[0] if isinstance(t, Tensor))
+        # The same in every process, whichever has one more.
+        return one * -(-len(self.context.batches) // self.context.ranks.count)
+
+    def _narrowest(self) -> int:
+        """Bytes where least is live between two stages."""
+        return min((self._bytes(stage.start) for stage in self.stages), default=0)
+
+    def _live(self, position: int) -> list[fx.Node]:
+        order, pinned = self._order, self._pinned(position)
+        return [
+            n
+            for n in self._nodes[:position]
+            if n.op in ("call_function", "placeholder")
+            and n not in self.weight_only
+            and (n in pinned or any(order[u] >= position for u in n.users))
+        ]
+
+    def _pinned(self, position: int) -> set[fx.Node]:
+        """What stages from ``position`` on need to know though no op reads it any more."""
+        stages = [stage for stage in self.stages if stage.start >= position]
+        values = [value for stage in stages for group in stage.groups for value in group.values.values()]
+        pinned = {value.routing.key for value in values if value.routing is not None}
+        for view in (view for stage in stages for view in stage.stacks if view in self._rerouted):
+            pinned |= self._rerouted[view].needs
+        return pinned
+
+    def _prune_history(self, position: int) -> None:
+        """Keep what a check of a later stage can need: from the first value that a group scales on."""
+        horizon = min(
+            (
+                self._order[n]
+                for s in self.stages
+                if s.start >= position
+                for g in s.groups
+                for n in g.values
+                if n not in self.weight_only and n.op == "call_function"
+            ),
+            default=len(self._order),
+        )
+        pinned = self._pinned(position)
+        self.history = {
+            n: v
+            for n, v in self.history.items()
+            if n in pinned or any(self._order[u] >= horizon for u in n.users)
+        }
+
+    def _raise_non_finite(self, observer: Observer) -> None:
+        observed = observer.node
+        found: list[fx.Node] = []
+
+        def watch(node: fx.Node, value: object) -> None:
+            if not found and isinstance(value, Tensor) and value.is_floating_point():
+                # -Inf is how masks say "never": a fault only where a linear would read it.
+                bad = value.isnan() | (value == float("inf"))
+                if node is observed:
+                    bad |= value.isinf()
+                if bool(bad.any()):
+                    found.append(node)
+
+        weights = self.graph.weights.like(self.graph.weights.dtype)
+        weights.streamed = True  # from the first layer on, though all may not fit
+        for index, batch in enumerate(self.context.batches):
+            env: Env = {n: batch[str(n.target)].to(weights.device) for n in self.graph.inputs}
+            upto = self._nodes[: self._order[observed] + 1]
+            execute(upto, env, weights, keep=[observed], tap=watch)
+            if found:
+                node = found[0]
+                raise NonFiniteError(
+                    f"calibration sample {index} makes {observed.name!r}, the input of {observer.name!r}, "
+                    f"NaN or Inf; the first op to do so is {op_name(node)} ({node.name}): check the weights "
+                    "it reads, or leave the sample out"
+                )
+        raise NonFiniteError(
+            f"the values of {observed.name!r}, the input of {observer.name!r}, are too large to square in "
+            "float32: check the weights before it"
+        )
+
+
+def _divide(env: Env, group: ScaleGroup, scales: Tensor) -> bool:
+    """Divide the values in ``env`` that ``scales`` divide; whether there are any."""
+    found = False
+    for node in list(env):
+        divisor = group.scale_of(node, scales, env)
+        if divisor is not None:
+            env[node], found = env[node] / divisor.to(env[node].dtype), True
+    return found
+
+
+def weight_only(graph: Graph) -> set[fx.Node]:
+    """Nodes that depend on parameters that passes may change, and on no input."""
+    changeable = {view.parameter for view in linears(graph)}
+    changeable |= {view.parameter for view in expert_linears(graph)}
+    if ScaleGroups in graph.facts:
+        changeable |= {part.parameter for group in graph.facts[ScaleGroups] for part in group.parts}
+    on_inputs = dependent_on(graph, lambda n: n.op == "placeholder")
+    on_weights = dependent_on(graph, lambda n: n.op == "get_attr" and str(n.target) in changeable)
+    return {n for n in on_weights - on_inputs if n.op == "call_function"}
+
+
+def dependent_on(graph: Graph, source: object) -> set[fx.Node]:
+    """All nodes for which ``source(node)`` holds, and everything computed from them."""
+    assert callable(source)
+    found: set[fx.Node] = set()
+    for node in graph.fx.nodes:
+        if source(node) or any(operand in found for operand in node.all_input_nodes):
+            found.add(node)
+    return found

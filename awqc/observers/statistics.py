@@ -1,0 +1,62 @@
+"""The statistics of a stage's activations, a fact that searches rest on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from awqc.memory import Kind
+from awqc.observers.expert_statistics import ExpertStatistics
+from awqc.observers.input_statistics import ALONE, InputStatistics
+from awqc.quantization.matrices import Matrix
+from awqc.ranks import Ranks
+from awqc.scaleflow.groups import ScaleGroup
+
+
+class Statistics(dict[fx.Node, InputStatistics]):
+    """Statistics of a stage's activations that linears read, by observed node; and in :attr:`by_expert`
+    those of activations that experts read, each expert its own rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_expert: dict[fx.Node, ExpertStatistics] = {}
+        #: How the statistics of each activation are held.
+        self.kinds: dict[fx.Node, Kind] = {}
+
+    def of(self, node: fx.Node, matrix: Matrix) -> InputStatistics:
+        """What to judge ``matrix``, which reads ``node``, by."""
+        return self[node] if matrix.index is None else self.by_expert[node][matrix.index]
+
+    def finish(self, node: fx.Node, ranks: Ranks = ALONE) -> list[InputStatistics]:
+        """Complete the sums of ``node``: those of linears, those of the layer whose experts read it."""
+        found = []
+        if node in self:
+            self[node].finish(ranks)
+            found.append(self[node])
+        if node in self.by_expert:
+            self.by_expert[node].finish(ranks)
+            found.append(self.by_expert[node].layer)
+        return found
+
+    def offload(self) -> None:
+        """Hold all Gram matrices on the host."""
+        for one in self.values():
+            one.offload()
+        for by_expert in self.by_expert.values():
+            by_expert.offload()
+
+    def fold(self, group: ScaleGroup, scales: Tensor) -> None:
+        """Follow the fold of ``scales`` into ``group``."""
+        for node, statistics in self.items():
+            divisor = group.scale_of(node, scales)
+            if divisor is not None:
+                statistics.fold(divisor.reshape(-1).expand(statistics.mean_abs.shape).float())
+        for node, by_expert in self.by_expert.items():
+            if node in group.values:
+                by_expert.fold(column_scales(*group.at_experts(by_expert.view), scales).float())
+
+
+def column_scales(ids: Tensor, degree: float, scales: Tensor) -> Tensor:
+    """What divides each column whose channel is ``ids`` (of any shape), 1 where that is -1."""
+    padded = torch.cat([scales, scales.new_ones(1)])  # id -1 picks the last element
+    return padded[ids.to(scales.device)] ** degree

@@ -1,0 +1,1 @@
+"""What runs a quantized linear: packed modules, their lowering and the compiled model."""

@@ -1,0 +1,154 @@
+"""Sums by expert: against those of each expert's rows alone, with too few rows, and through a fold."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from awqc.graph import Graph
+from awqc.observers.activations import Activations
+from awqc.observers.expert_statistics import ExpertStatistics
+from awqc.observers.input_statistics import InputStatistics
+from awqc.observers.stages import Stages
+from awqc.observers.statistics import Statistics
+from awqc.quantization.matrices import Matrix
+from awqc.views import expert_linears
+from tests.mixtures import EXPERTS, Mixture
+from tests.passes.graphs import ANALYSIS, Look, run, samples
+
+K = 6
+VIEW: Any = SimpleNamespace(count=4, in_features=K)
+#: (search rows, held-out rows) of each expert.
+COUNTS = [(40, 8), (7, 5), (0, 0), (30, 0)]
+
+
+def rows(count: int, seed: int) -> Tensor:
+    return torch.randn(count, K, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(least: int) -> ExpertStatistics:
+    statistics = ExpertStatistics(VIEW, least, torch.device("cpu"))
+    for expert, counts in enumerate(COUNTS):
+        for held_out, count in enumerate(counts):
+            if count:
+                statistics.add(expert, rows(count, 10 * expert + held_out), bool(held_out))
+    statistics.finish()
+    return statistics
+
+
+def gram(*x: Tensor) -> Tensor:
+    return sum((part.T @ part for part in x), torch.zeros(K, K))
+
+
+SEARCH = [rows(n, 10 * e) for e, (n, _) in enumerate(COUNTS)]
+HELD_OUT = [rows(n, 10 * e + 1) for e, (_, n) in enumerate(COUNTS)]
+
+
+def test_each_expert_has_the_sums_of_its_rows() -> None:
+    found = filled(least=0)
+    assert found.tokens == [40, 7, 0, 30]
+    assert found.borrowing == 0
+    for expert in (0, 1, 3):
+        torch.testing.assert_close(found[expert].gram, gram(SEARCH[expert]))
+        torch.testing.assert_close(found[expert].held_out, gram(HELD_OUT[expert]))
+        torch.testing.assert_close(found[expert].mean_abs, SEARCH[expert].abs().mean(0))
+        assert found[expert].share == 1
+    torch.testing.assert_close(found.layer.gram, gram(*SEARCH))
+    torch.testing.assert_close(found.layer.mean_abs, torch.cat(SEARCH).abs().mean(0))
+    assert (found.layer.tokens, found.layer.held_out_tokens) == (77, 13)
+
+
+def test_with_too_few_rows_it_has_those_of_the_layer() -> None:
+    found = filled(least=16)
+    assert found.borrowing == 2
+    for expert in (1, 2):
+        assert found[expert].gram is found.layer.gram
+        assert found[expert].mean_abs is found.layer.mean_abs
+        assert found[expert].tokens == found.tokens[expert] == COUNTS[expert][0]
+        assert found[expert].share == COUNTS[expert][0] / 77
+    for expert in (0, 3):
+        torch.testing.assert_close(found[expert].gram, gram(SEARCH[expert]))
+    # 16 / 8 held-out rows are enough: the second has 5, the last none.
+    torch.testing.assert_close(found[1].held_out, gram(HELD_OUT[1]))
+    assert found[2].held_out is found[3].held_out is found.layer.held_out
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_fold_is_exact(alike: bool) -> None:
+    found, before = filled(least=16), filled(least=16)
+    divisors = torch.rand(4, K, generator=torch.Generator().manual_seed(5)) + 0.5
+    divisors = divisors[:1].expand(4, K) if alike else divisors
+    found.fold(divisors)
+    for expert, by in enumerate(divisors):
+        torch.testing.assert_close(found[expert].gram, before[expert].gram / by[:, None] / by)
+        torch.testing.assert_close(found[expert].held_out, before[expert].held_out / by[:, None] / by)
+        torch.testing.assert_close(found[expert].mean_abs, before[expert].mean_abs / by)
+    assert (found[1].gram is found[2].gram) == alike, "shared sums stay shared where all are divided alike"
+
+
+def observed(**options: Any) -> tuple[Graph, list[Statistics]]:
+    """A mixture, and the statistics of the stages in which its experts' two linears are."""
+    found: list[Statistics] = []
+
+    def see(graph: Graph, context: Any) -> None:
+        found.append(graph.facts[Activations].observe(context.stage))
+
+    options = {"group_size": 32, "min_expert_tokens": 0, **options}
+    graph, _ = run(Mixture(), samples(8, width=32), *ANALYSIS, Look(see), **options)
+    return graph, [statistics for statistics in found if statistics.by_expert]
+
+
+def dispatched(module: Mixture) -> list[Tensor]:
+    """What the first linear of each expert reads over the seven samples that searches use."""
+    parts: list[list[Tensor]] = [[] for _ in range(EXPERTS)]
+    with torch.no_grad():
+        for batch in samples(8, width=32)[:7]:
+            h = module.norm(batch["x"]).flatten(0, -2)
+            chosen = module.chooser(h).topk(2).indices
+            for expert in range(EXPERTS):
+                parts[expert].append(h[(chosen == expert).any(-1)])
+    return [torch.cat(part) for part in parts]
+
+
+def inner(module: Mixture, x: Tensor, expert: int) -> Tensor:
+    with torch.no_grad():
+        return torch.relu(x @ module.first[expert].T)
+
+
+def test_rows_come_to_their_experts() -> None:
+    _, (first, second) = observed()
+    module, x = Mixture(), dispatched(Mixture())
+    (before,), (after,) = first.by_expert.values(), second.by_expert.values()
+    assert before.tokens == after.tokens == [len(part) for part in x]
+    for expert in range(EXPERTS):
+        torch.testing.assert_close(before[expert].gram, x[expert].T @ x[expert], rtol=1e-4, atol=1e-4)
+        h = inner(module, x[expert], expert)
+        torch.testing.assert_close(after[expert].gram, h.T @ h, rtol=1e-4, atol=1e-4)
+
+
+def test_every_token_to_every_expert_if_asked_for() -> None:
+    graph, (first, second) = observed(calibrate_all_experts=True)
+    module = Mixture()
+    with torch.no_grad():
+        x = torch.cat([module.norm(batch["x"]).flatten(0, -2) for batch in samples(8, width=32)[:7]])
+    (before,), (after,) = first.by_expert.values(), second.by_expert.values()
+    assert before.tokens == after.tokens == [len(x)] * EXPERTS
+    for expert in range(EXPERTS):
+        torch.testing.assert_close(before[expert].gram, x.T @ x, rtol=1e-4, atol=1e-4)
+        h = inner(module, x, expert)
+        torch.testing.assert_close(after[expert].gram, h.T @ h, rtol=1e-4, atol=1e-4)
+    # What moves on is routed as ever.
+    assert len(list(graph.facts[Stages])) >= 2
+
+
+def test_statistics_of_a_matrix() -> None:
+    graph, (first, _) = observed()
+    view = next(expert_linears(graph))
+    node = next(iter(first.by_expert))
+    assert node is view.x
+    assert first.of(node, Matrix(view, 2)) is first.by_expert[node][2]
+    assert all(isinstance(found, InputStatistics) for found in first.values())
