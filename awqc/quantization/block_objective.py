@@ -2,7 +2,8 @@
 
 The exact loss of :mod:`awqc.quantization.loss` stops at the linear's own output. This one runs the graph
 on, through the nonlinearity where the group's outputs meet (the softmax of attention, the gate of an MLP) and
-through the linear behind it, and compares there. It needs tokens, not just a Gram matrix, so it sees a few samples.
+through the linear behind it, and compares there. It needs tokens, not just a Gram matrix, so it sees a few
+samples.
 """
 
 from __future__ import annotations
