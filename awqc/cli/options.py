@@ -66,8 +66,7 @@ MaxUse = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="What the compile may use on the device, such as 10GB; of several, as in "
-        "'cuda:0=10GB,cpu=30GB'.",
+        help="What the compile may use on the device, such as 10GB; of several, as in '0=10GB,cpu=30GB'.",
         show_default=False,
     ),
 ]
