@@ -40,7 +40,7 @@ def stand_ins(source: ModelSource, limit: MemoryLimit, device: torch.device) -> 
     def read(name: str, dtype: torch.dtype | None) -> Tensor:
         like = tensors.get(name)
         if like is None or not like.is_meta or not like.is_floating_point():
-            return source.read(name)
+            return source.read(name).clone()
         numbers = drawn.to(dtype or like.dtype)  # before there are many of them
         first, count = zlib.crc32(name.encode()) % _NUMBERS, like.numel()
         flat = numbers.repeat(-(-(first + count) // _NUMBERS))[first : first + count]

@@ -19,7 +19,7 @@ from awqc.quantized import QuantizedWeight, Scheme
 
 #: Reads the source tensor of a name.
 Read = Callable[[str], Tensor]
-#: Gives a made-up tensor for a name, in a dtype.
+#: Gives a made-up tensor for a name, in a dtype; the caller's own.
 StandIns = Callable[[str, "torch.dtype | None"], Tensor]
 #: A tensor of a quantized weight.
 Field = Literal["codes", "scales", "zeros"]
@@ -207,12 +207,13 @@ class Weights:
         self._resident = {name: value for name, value in self._resident.items() if name in kept}
 
     def change(self, name: str, fold: Callable[[Tensor], Tensor]) -> None:
-        """Replace the value of ``name`` by ``fold`` of it: now, or of streamed weights when it is read."""
+        """Replace the value of ``name`` by ``fold`` of a copy, which it may overwrite: now, or of streamed
+        weights when it is read, which are the reader's own."""
         if self.streamed:
             self._folds.setdefault(name, []).append(fold)
             self._resident.pop(name, None)
         else:
-            self[name] = fold(self[name])
+            self[name] = fold(self[name].clone())
 
     def drop(self, name: str) -> None:
         """Forget the value handed out for ``name``, if weights are streamed."""

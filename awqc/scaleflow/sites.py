@@ -36,9 +36,10 @@ class Site:
     offset: float = 0.0
 
     def solve(self, value: Tensor, divisor: Tensor) -> Tensor:
-        """The parameter for which this expression is ``(offset + factor * value) / divisor``."""
+        """The parameter for which this expression is ``(offset + factor * value) / divisor``; ``value`` may
+        be overwritten."""
         if self.offset == 0.0:
-            return value / divisor
+            return value.div_(divisor)
         expression = self.offset + self.factor * value.double()
         return ((expression / divisor.double() - self.offset) / self.factor).to(value.dtype)
 
