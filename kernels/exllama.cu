@@ -2,11 +2,16 @@
 //
 // Word (r, n) holds the codes of input channels 8r .. 8r+7 of column n: channel i in the low half of byte i and
 // channel 4 + i in its high half, i < 4. A lane owns COLUMNS columns, a warp some chunks of 32 channels, a block
-// 32 * COLUMNS columns and a share of the channels. Sums are float32: warps are added in order, then shares.
+// 32 * COLUMNS columns and a share of the channels.
+//
+// Products are of integers: a chunk of a token's activations becomes integers of 14 bits, in steps of a power of
+// two that its largest decides. Their products with codes are summed exactly, a chunk's sum is scaled and added
+// in float32; warps are added in order, then shares. Nothing overflows, whatever the activations are.
 // No shuffles, so that lanes and warps are arithmetic on the thread index, whatever the hardware's wave is.
 //
-// Macros: COLUMNS (1, 2, 4 or 8), TOKENS (of a block), WARPS, BFLOAT (x and y: bfloat16, else float16),
-// SCALES (0 float16, 1 bfloat16, 2 float32), DEPENDENT (launched before the predecessor has ended).
+// Macros: COLUMNS (1, 2, 4 or 8), TOKENS (of a block), WARPS, BLOCKS (that a multiprocessor is to hold), BFLOAT
+// (x and y: bfloat16, else float16), SCALES (0 float16, 1 bfloat16, 2 float32), DEPENDENT (launched before the
+// predecessor has ended).
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -16,11 +21,23 @@ constexpr int ROWS = CHUNK / 8;                  // rows of words of a chunk
 constexpr int WIDTH = COLUMNS < 4 ? COLUMNS : 4; // words of one load
 constexpr int LOADS = COLUMNS / WIDTH;
 constexpr int THREADS = 32 * WARPS;
+constexpr float MAGIC = 12582912.f;              // 1.5 * 2^23: integers within 2^22 of it are floats, in order
+constexpr u32 MAGIC_BITS = 0x4b400000;
+constexpr u32 LEAST = 14;                        // exponent below which a chunk's steps do not shrink further
 
-template <int N> struct Words;
-template <> struct Words<1> { typedef u32 type; };
-template <> struct Words<2> { typedef uint2 type; };
-template <> struct Words<4> { typedef uint4 type; };
+#ifdef __HIP__  // whose second bound is another
+#define BOUNDS __launch_bounds__(THREADS)
+#else
+#define BOUNDS __launch_bounds__(THREADS, BLOCKS)
+#endif
+
+// Loads of so many bytes.
+template <int N> struct Bytes;
+template <> struct Bytes<1> { typedef u8 type; };
+template <> struct Bytes<2> { typedef u16 type; };
+template <> struct Bytes<4> { typedef u32 type; };
+template <> struct Bytes<8> { typedef uint2 type; };
+template <> struct Bytes<16> { typedef uint4 type; };
 
 __device__ __forceinline__ float half_to_float(u16 bits) {
 #ifdef __HIP__
@@ -55,13 +72,19 @@ __device__ __forceinline__ u16 from_float(float value) {
 #endif
 }
 
-__device__ __forceinline__ float scale(const void* scales, long index) {
 #if SCALES == 2
-  return static_cast<const float*>(scales)[index];
-#elif SCALES == 1
-  return bfloat_to_float(static_cast<const u16*>(scales)[index]);
+typedef float Scale;
 #else
-  return half_to_float(static_cast<const u16*>(scales)[index]);
+typedef u16 Scale;
+#endif
+
+__device__ __forceinline__ float scale(Scale value) {
+#if SCALES == 2
+  return value;
+#elif SCALES == 1
+  return bfloat_to_float(value);
+#else
+  return half_to_float(value);
 #endif
 }
 
@@ -81,6 +104,57 @@ __device__ __forceinline__ void above_128(float (&out)[4], u32 nibbles) {
   out[3] = __uint_as_float(__byte_perm(nibbles, 0x43000000, 0x7344));
 }
 
+// sum + x[0] * codes[0] + x[1] * codes[1]: two integers of 16 bits, and the lower or the upper two bytes.
+__device__ __forceinline__ int dot_low(u32 x, u32 codes, int sum) {
+#ifdef __HIP__
+  return sum + short(x) * int(codes & 255) + (int(x) >> 16) * int(codes >> 8 & 255);
+#else
+  int out;
+  asm("dp2a.lo.s32.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(codes), "r"(sum));
+  return out;
+#endif
+}
+
+__device__ __forceinline__ int dot_high(u32 x, u32 codes, int sum) {
+#ifdef __HIP__
+  return dot_low(x, codes >> 16, sum);
+#else
+  int out;
+  asm("dp2a.hi.s32.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(codes), "r"(sum));
+  return out;
+#endif
+}
+
+// A chunk of a token's activations as integers, and what one of them stands for.
+struct Chunk {
+  u32 pairs[CHUNK / 2];
+  float step, sum;
+};
+
+// The largest activation, below 2^(e + 1), becomes an integer below 2^13, to within a half. Exact: what has no place
+// below 2^(e - 12). Where one is infinite or no number, the step is no number.
+__device__ __forceinline__ void to_integers(Chunk& out, const u32 (&raw)[CHUNK / 2]) {
+  int low = 0, high = 0;
+#pragma unroll
+  for (int i = 0; i < CHUNK / 2; ++i) {
+    low = max(low, int(raw[i] & 0x7fff));
+    high = max(high, int(raw[i] >> 16 & 0x7fff));
+  }
+  const u32 exponent = __float_as_uint(to_float(u16(max(low, high)))) >> 23;
+  const u32 e = max(int(exponent), int(LEAST));
+  const float up = __uint_as_float(266 - e << 23);  // 2^(12 - (e - 127))
+  u32 sum = 0;
+#pragma unroll
+  for (int i = 0; i < CHUNK / 2; ++i) {
+    const u32 first = __float_as_uint(to_float(u16(raw[i])) * up + MAGIC);
+    const u32 second = __float_as_uint(to_float(u16(raw[i] >> 16)) * up + MAGIC);
+    out.pairs[i] = first & 0xffff | second << 16;
+    sum += first + second;
+  }
+  out.step = __uint_as_float(exponent == 255 ? 0x7fc00000 : e - 12 << 23);
+  out.sum = float(int(sum - CHUNK * MAGIC_BITS));
+}
+
 // Where column c of a lane lies: groups of WIDTH columns, one of each lane after the other.
 __device__ __forceinline__ int column_of(int lane, int c) {
   return blockIdx.x * 32 * COLUMNS + c / WIDTH * 32 * WIDTH + lane * WIDTH + c % WIDTH;
@@ -89,11 +163,13 @@ __device__ __forceinline__ int column_of(int lane, int c) {
 // Products of a (m, k) x and columns of the weight. Grid: columns, shares of the chunks, tokens. With one share
 // the result goes to y (m, n), else its float32 terms to partial (shares, m, n).
 // words (chunks * ROWS, stride); scales, zeros (groups, stride); bias (n) like x, or null.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void BOUNDS
     product(u16* __restrict__ y, float* __restrict__ partial, const u16* __restrict__ x,
             const u32* __restrict__ words, const void* __restrict__ scales, const u8* __restrict__ zeros,
             const u16* __restrict__ bias, int m, int n, int k, int stride, int chunks, int group_chunks) {
-  typedef typename Words<WIDTH>::type Load;
+  typedef typename Bytes<4 * WIDTH>::type Load;
+  typedef typename Bytes<sizeof(Scale) * WIDTH>::type ScaleLoad;
+  typedef typename Bytes<WIDTH>::type ZeroLoad;
   extern __shared__ __align__(16) float shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int block_first = int(long(chunks) * blockIdx.y / gridDim.y);
@@ -104,88 +180,110 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int token = blockIdx.z * TOKENS;
 
   // Weights do not depend on what ran before: the first are on their way while x is waited for.
-  Load next[ROWS][LOADS];
+  Load held[ROWS][LOADS];
   const u32* source = words + long(first) * ROWS * stride + column_of(lane, 0);
   if (first < last) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
       for (int l = 0; l < LOADS; ++l)
-        next[r][l] = *reinterpret_cast<const Load*>(source + long(r) * stride + l * 32 * WIDTH);
+        held[r][l] = *reinterpret_cast<const Load*>(source + long(r) * stride + l * 32 * WIDTH);
   }
   wait_for_predecessor();
 
-  // x of the block's share as float32, and its sum over each chunk.
-  float* sums = shared + TOKENS * block_chunks * CHUNK;
-  const int channels = block_chunks * CHUNK, start = block_first * CHUNK;
-  for (int t = 0; t < TOKENS; ++t) {
+  // x of the block's share as integers, a thread for a chunk of a token: (chunks, rows of words, tokens, 8), so that
+  // a warp stores what lies side by side. Behind them steps and sums (chunks, tokens).
+  float2* const about = reinterpret_cast<float2*>(shared + TOKENS * block_chunks * (CHUNK / 2));
+  const bool aligned = k % 8 == 0 && reinterpret_cast<unsigned long long>(x) % 16 == 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < TOKENS * block_chunks; i += THREADS) {
+    const int t = i % TOKENS, chunk = i / TOKENS, start = (block_first + chunk) * CHUNK;
     const u16* from = x + long(token + t) * k + start;
     const int present = token + t < m ? k - start : 0;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < channels; i += THREADS)
-      shared[t * channels + i] = i < present ? to_float(from[i]) : 0.f;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < TOKENS * block_chunks; i += THREADS) {
-    float sum = 0.f;
-    for (int j = 0; j < CHUNK; ++j) sum += shared[i * CHUNK + (j + threadIdx.x) % CHUNK];
-    sums[i] = sum;
+    u32 raw[CHUNK / 2];
+    if (aligned && present >= CHUNK) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r)
+        *reinterpret_cast<uint4*>(raw + 4 * r) = reinterpret_cast<const uint4*>(from)[r];
+    } else {
+#pragma unroll
+      for (int j = 0; j < CHUNK / 2; ++j) {
+        raw[j] = 2 * j < present ? from[2 * j] : 0;
+        raw[j] |= 2 * j + 1 < present ? u32(from[2 * j + 1]) << 16 : 0;
+      }
+    }
+    Chunk integers;
+    to_integers(integers, raw);
+    uint4* to = reinterpret_cast<uint4*>(shared) + chunk * ROWS * TOKENS + t;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) to[r * TOKENS] = *reinterpret_cast<const uint4*>(integers.pairs + 4 * r);
+    about[i] = {integers.step, integers.sum};
   }
   __syncthreads();
 
-  float total[COLUMNS][TOKENS] = {}, acc[COLUMNS][TOKENS] = {}, sum[TOKENS] = {};
+  float total[COLUMNS][TOKENS] = {};
+  float factor[COLUMNS], zero[COLUMNS];
+  int next_group = first;
+#pragma unroll 1
   for (int chunk = first; chunk < last; ++chunk) {
-    Load now[ROWS][LOADS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-      for (int l = 0; l < LOADS; ++l) now[r][l] = next[r][l];
-    source += long(ROWS) * stride;
-    if (chunk + 1 < last) {
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-#pragma unroll
-        for (int l = 0; l < LOADS; ++l)
-          next[r][l] = *reinterpret_cast<const Load*>(source + long(r) * stride + l * 32 * WIDTH);
-    }
     const int local = chunk - block_first;
+    if (chunk == next_group) {
+      const int group = chunk / group_chunks;
+      next_group = (group + 1) * group_chunks;
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) sum[t] += sums[t * block_chunks + local];
+      for (int l = 0; l < LOADS; ++l) {
+        const long at = long(group) * stride + column_of(lane, l * WIDTH);
+        const auto s = *reinterpret_cast<const ScaleLoad*>(static_cast<const Scale*>(scales) + at);
+        const auto z = *reinterpret_cast<const ZeroLoad*>(zeros + at);
+#pragma unroll
+        for (int c = 0; c < WIDTH; ++c) {
+          factor[l * WIDTH + c] = scale(reinterpret_cast<const Scale*>(&s)[c]);
+          zero[l * WIDTH + c] = float(reinterpret_cast<const u8*>(&z)[c]);
+        }
+      }
+    }
+    source += long(ROWS) * stride;
+    int acc[COLUMNS][TOKENS];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) acc[c][t] = MAGIC_BITS;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const u32* codes = reinterpret_cast<const u32*>(now[r]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float weight[COLUMNS][4];
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) above_128(weight[c], codes[c] >> 4 * half & 0x0f0f0f0f);
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-          const float4 v = *reinterpret_cast<const float4*>(shared + t * channels + local * CHUNK + r * 8 + half * 4);
-#pragma unroll
-          for (int c = 0; c < COLUMNS; ++c) {
-            acc[c][t] += weight[c][0] * v.x;
-            acc[c][t] += weight[c][1] * v.y;
-            acc[c][t] += weight[c][2] * v.z;
-            acc[c][t] += weight[c][3] * v.w;
-          }
-        }
-      }
-    }
-    if (chunk + 1 == last || (chunk + 1) % group_chunks == 0) {
-      const long group = long(chunk / group_chunks) * stride;
+      u32 front[COLUMNS], back[COLUMNS];
 #pragma unroll
       for (int c = 0; c < COLUMNS; ++c) {
-        const float s = scale(scales, group + column_of(lane, c));
-        const float offset = 128.f + float(zeros[group + column_of(lane, c)]);
+        const u32 codes = reinterpret_cast<const u32*>(held[r])[c];
+        front[c] = codes & 0x0f0f0f0f;
+        back[c] = codes >> 4 & 0x0f0f0f0f;
+      }
+      if (chunk + 1 < last) {
 #pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-          total[c][t] += s * (acc[c][t] - offset * sum[t]);
-          acc[c][t] = 0.f;
-        }
+        for (int l = 0; l < LOADS; ++l)
+          held[r][l] = *reinterpret_cast<const Load*>(source + long(r) * stride + l * 32 * WIDTH);
       }
 #pragma unroll
-      for (int t = 0; t < TOKENS; ++t) sum[t] = 0.f;
+      for (int t = 0; t < TOKENS; ++t) {
+        const uint4 v = reinterpret_cast<const uint4*>(shared)[(local * ROWS + r) * TOKENS + t];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.x, front[c], acc[c][t]);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.y, front[c], acc[c][t]);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.z, back[c], acc[c][t]);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.w, back[c], acc[c][t]);
+      }
+    }
+    // Sums of at most 32 * 15 * 2^13 < 2^22 began at MAGIC, and are floats without a conversion.
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      const float2 of = about[local * TOKENS + t];
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+        const float sum = __uint_as_float(u32(acc[c][t])) - MAGIC;
+        total[c][t] += factor[c] * of.x * (sum - zero[c] * of.y);
+      }
     }
   }
 
@@ -231,7 +329,7 @@ extern "C" __global__ void __launch_bounds__(256)
   float out[2][8];
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const float s = scale(scales, group + c), offset = 128.f + float(zeros[group + c]);
+    const float s = scale(static_cast<const Scale*>(scales)[group + c]), offset = 128.f + float(zeros[group + c]);
     float quads[2][4];
     above_128(quads[0], (c ? codes.y : codes.x) & 0x0f0f0f0f);
     above_128(quads[1], (c ? codes.y : codes.x) >> 4 & 0x0f0f0f0f);

@@ -12,6 +12,7 @@ from awqc.kernels import configs, nvrtc
 from awqc.kernels.cuda_launch import read_source
 from awqc.kernels.qlinear_exllama import Block, ExLlama, multiply
 from awqc.quantized import QuantizedWeight, Scheme, quantize
+from tests.kernels.test_exllama_on_host import in_integers
 
 CUDA = torch.device("cuda")
 needs_nvrtc = pytest.mark.skipif(not nvrtc.available(), reason="NVRTC is not installed")
@@ -62,23 +63,26 @@ def test_refuses_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "chunks", "processors", "limit", "shares"),
+    ("tokens", "rows", "chunks", "processors", "limit", "rounds", "shares"),
     [
         # 32 blocks of 128 columns on 132 processors that hold 4 each.
-        (1, 4096, 128, 132, 227 << 10, 16),
-        (1, 128256, 128, 132, 227 << 10, 1),
+        (1, 4096, 128, 132, 227 << 10, 1, 16),
+        (1, 128256, 128, 132, 227 << 10, 1, 1),
         # Never more than chunks.
-        (1, 32, 3, 132, 227 << 10, 3),
-        # A share of the activations fits the shared memory: 16 K floats here.
-        (1, 128256, 1024, 132, 64 << 10, 3),
+        (1, 32, 3, 132, 227 << 10, 1, 3),
+        # 112 blocks for each share: 4 leave 80 places of 528 empty, 14 in three rounds 16 of 1584.
+        (1, 14336, 128, 132, 227 << 10, 1, 4),
+        (1, 14336, 128, 132, 227 << 10, 3, 14),
+        # A share of the activations fits a quarter of the memory; 1002 * 5 blocks are ten rounds.
+        (1, 128256, 1024, 132, 64 << 10, 1, 5),
     ],
 )
-def test_shares_fill_the_device_once_and_fit(
-    tokens: int, rows: int, chunks: int, processors: int, limit: int, shares: int
+def test_shares_fill_the_device_and_fit(
+    tokens: int, rows: int, chunks: int, processors: int, limit: int, rounds: int, shares: int
 ) -> None:
-    block = Block(tokens=1, columns=4, warps=8, blocks=4)
+    block = Block(tokens=1, columns=4, warps=8, blocks=4, rounds=rounds)
     assert block.shares(tokens, rows, chunks, processors, limit) == shares
-    assert block.shared_bytes(chunks, shares) <= limit
+    assert block.blocks * (block.shared_bytes(chunks, shares) + 1024) <= limit + 1024
 
 
 @needs_nvrtc
@@ -92,6 +96,7 @@ def test_every_source_that_ships_compiles(architecture: str) -> None:
                 "COLUMNS": block.columns,
                 "TOKENS": block.tokens,
                 "WARPS": block.warps,
+                "BLOCKS": block.blocks,
                 "BFLOAT": bfloat,
                 "SCALES": scales,
                 "DEPENDENT": int(architecture >= "sm_90"),
@@ -118,22 +123,26 @@ def test_every_block_shape_agrees_with_float64(
     operands = [t for t in tensors.values() if t is not None]
     bias = torch.randn(n, device=CUDA).half()
     x = torch.randn(11, k, device=CUDA).half()
-    want = x.double() @ weight.dequantize(torch.float64).t().to(CUDA) + bias.double()
+    want = in_integers(x) @ weight.dequantize(torch.float64).t().to(CUDA) + bias.double()
     for warps, blocks in ((4, 1), (8, 2), (8, 16)):
         block = Block(tokens=tokens, columns=columns, warps=warps, blocks=blocks)
         got = multiply(x, *operands, bias, n, k if group_size == -1 else group_size, block)
-        # Exact products summed in float32, rounded once.
+        # Exact sums of 32 products, added in float32, rounded once.
         assert (got.double() - want).norm() <= torch.finfo(torch.float16).eps / 2 * want.norm()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8, 11, 16, 100])
-def test_error_on_a_large_weight(tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("outliers", [False, True])
+def test_error_on_a_large_weight(outliers: bool, tokens: int, dtype: torch.dtype) -> None:
     weight = weight_of(4096, 4096, 128)
     tensors, constants = pack(weight)
     # A mean far from zero is the hard case of codes that are multiplied with an offset.
     x = (torch.randn(tokens, 4096, device=CUDA) + 1).to(dtype)
+    if outliers:
+        x[:, ::500] *= 100
+        x[:, 1234] = 1500
     want = x.double() @ weight.dequantize(torch.float64).t().to(CUDA)
     error = (ExLlama.op(x, *tensors.values(), *constants).double() - want).norm() / want.norm()
     assert error <= {torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
