@@ -1,6 +1,6 @@
 """Launch configurations of the GPU kernels against each other, and against those that ship.
 
-    python benchmarks/gpu_sweep.py --out sweep.csv --kernels marlin wide exllama triton
+    python benchmarks/gpu_sweep.py --out sweep.csv --kernels marlin wide wide-bf16 exllama triton
 
 For every kernel, number of tokens and shape all configurations worth trying are timed as in ``kernels.py``.
 The tables at the end say for each number of tokens what ships, the best for each shape, and the best for all
@@ -26,10 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from awqc.kernels import configs, marlin_pair, marlin_stream, marlin_wide, qlinear_exllama, qlinear_triton
+from awqc.kernels import (
+    configs,
+    marlin_many,
+    marlin_pair,
+    marlin_stream,
+    marlin_wide,
+    qlinear_exllama,
+    qlinear_marlin,
+    qlinear_triton,
+)
 from awqc.kernels.qlinear_exllama import Block, ExLlama
 from awqc.kernels.qlinear_marlin import Marlin
 from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight
@@ -37,11 +47,19 @@ from kernels import GROUP, SHAPES, per_call, repeated, rotation, weight_of
 
 TOKENS = {
     "marlin": (1, 8, 16),
-    "wide": (32, 64, 128, 512),
+    "wide": (512, 2048, 256, 32, 64, 128),
+    "wide-bf16": (512, 2048),
     "exllama": (1, 2, 4, 8),
     "triton": (1, 16, 32),
 }
 LIMIT = 227 << 10
+
+
+@dataclass(frozen=True)
+class Route:
+    """cuBLAS on a dense weight, which is ``dequantized`` for the call, or for ``cublas`` is there before."""
+
+    route: str
 
 
 @dataclass(frozen=True)
@@ -52,8 +70,7 @@ class Candidate:
     macros: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
-        fields = vars(self.config).items() if self.config is not None else [("route", "dense")]
-        return " ".join(f"{name}={value}" for name, value in (*fields, *self.macros))
+        return " ".join(f"{name}={value}" for name, value in (*vars(self.config).items(), *self.macros))
 
 
 def streams(n: int, k: int, m: int) -> list[Candidate]:
@@ -74,11 +91,17 @@ def streams(n: int, k: int, m: int) -> list[Candidate]:
 
 
 def wides(n: int, k: int, m: int) -> list[Candidate]:
-    """Tilings of ``marlin_wide.cu`` and ``marlin_pair.cu``; the first is the one that ships."""
+    """Tilings of ``marlin_wide.cu``, ``marlin_pair.cu`` and ``marlin_many.cu``; the first is what ships."""
     rows, columns = -(-n // 64), -(-k // 128)
     found: dict[Any, None] = {}
-    shipped = marlin_pair.tile(rows, columns, m, GROUP, 132, LIMIT)
-    found[shipped or marlin_wide.tile(rows, columns, m, GROUP, 132, LIMIT)] = None
+    if m > qlinear_marlin.WIDE_TOKENS:
+        found[Route("dequantized")] = None
+    else:
+        shipped = marlin_pair.tile(rows, columns, m, GROUP, 132, LIMIT)
+        found[shipped or marlin_wide.tile(rows, columns, m, GROUP, 132, LIMIT)] = None
+    if m >= 256:
+        found |= dict.fromkeys(manies(rows, m))
+        found |= dict.fromkeys((Route("cublas"), Route("dequantized")))
     for tokens in marlin_wide.TILE_TOKENS:
         if tokens > 2 * m or m > 8 * tokens:
             continue
@@ -96,6 +119,17 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
                         found[wide] = None
                     break
     return [Candidate(tiling) for tiling in found]
+
+
+def manies(rows: int, m: int) -> Iterator[marlin_many.ManyTiling]:
+    """Tilings of ``marlin_many.cu`` for a weight of ``rows`` blocks of 64 rows."""
+    for (tokens, row_blocks), rescaled in product(((128, 4), (256, 2), (128, 2)), (False, True)):
+        tiles = -(-rows // row_blocks) * -(-m // tokens)
+        if tiles <= 24 * 132:
+            for shared in (False, True):
+                yield marlin_many.fitting(tokens, row_blocks, GROUP, LIMIT, shared=shared, rescaled=rescaled)
+        if row_blocks == 4 and 2 * tiles <= 132:
+            yield marlin_many.fitting(tokens, row_blocks, GROUP, LIMIT, cluster=True, rescaled=rescaled)
 
 
 def blocks(n: int, k: int, m: int) -> list[Candidate]:
@@ -127,6 +161,7 @@ def tiles(n: int, k: int, m: int) -> list[Candidate]:
 CANDIDATES: dict[str, Callable[[int, int, int], list[Candidate]]] = {
     "marlin": streams,
     "wide": wides,
+    "wide-bf16": wides,
     "exllama": blocks,
     "triton": tiles,
 }
@@ -159,6 +194,11 @@ class Problem:
         self.main = next(iter(self.tensors))
         packed = self.tensors[self.main]
         self.copies = rotation(packed.clone, packed.nbytes)
+        self.dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float16
+
+    def dense(self) -> Tensor:
+        """The weight as cuBLAS takes it."""
+        return qlinear_marlin.dequantize(self.copies[0], self.n, self.k, GROUP, False, self.dtype)
 
     def call(self, x: Tensor, packed: Tensor, candidate: Candidate) -> Tensor:
         """One product."""
@@ -179,19 +219,28 @@ class Problem:
         arguments = (x, packed, None, self.n, GROUP, False)
         if self.kernel == "marlin":
             return marlin_stream.multiply(*arguments)
+        if isinstance(candidate.config, Route):
+            if candidate.config.route == "dequantized":
+                packed = qlinear_marlin.dequantize(packed, self.n, self.k, GROUP, False, x.dtype)
+            return F.linear(x, packed)
+        if isinstance(candidate.config, marlin_many.ManyTiling):
+            return marlin_many.multiply(candidate.config, *arguments)
         if isinstance(candidate.config, marlin_pair.PairTiling):
             return marlin_pair.multiply(candidate.config, *arguments)
         return marlin_wide.multiply(*arguments)
 
     def time(self, m: int, candidate: Candidate, once: bool) -> float | str:
         """Microseconds a call, or why there are none; with ``once`` it is only compiled and run."""
-        x = torch.randn(m, self.k, device="cuda").half()
+        x = torch.randn(m, self.k, device="cuda").to(self.dtype)
+        copies = self.copies
+        if candidate.config == Route("cublas"):
+            copies = rotation(self.dense, self.n * self.k * 2)[: 1 if once else None]
         try:
             with chosen(candidate):
                 if once:
-                    self.call(x, self.copies[0], candidate)
+                    self.call(x, copies[0], candidate)
                     return 0.0
-                calls = [functools.partial(self.call, x, w, candidate) for w in repeated(self.copies)]
+                calls = [functools.partial(self.call, x, w, candidate) for w in repeated(copies)]
                 return per_call(calls, replays=5)
         except Exception as error:
             if isinstance(error, KeyboardInterrupt) or "CUDA error" in str(error):

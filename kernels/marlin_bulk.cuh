@@ -7,6 +7,12 @@ __device__ __forceinline__ void arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Without a branch, which products under way would be waited for at.
+__device__ __forceinline__ void arrive_if(bool does, u32 barrier) {
+  asm volatile("{\n.reg .pred does;\nsetp.ne.b32 does, %1, 0;\n@does mbarrier.arrive.shared::cta.b64 _, [%0];\n}"
+               ::"r"(barrier), "r"(int(does)) : "memory");
+}
+
 // Arrive, and let the barrier wait for `bytes` to be copied.
 __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -51,4 +57,30 @@ __device__ __forceinline__ void store_at_rank(float* p, u32 rank, float value) {
 __device__ __forceinline__ void store2_at_rank(float* p, u32 rank, float first, float second) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};"
                ::"r"(address_at_rank(shared_address(p), rank)), "f"(first), "f"(second) : "memory");
+}
+
+__device__ __forceinline__ void store4_at_rank(float4* p, u32 rank, float4 value) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+               ::"r"(address_at_rank(shared_address(p), rank)), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit numbers, as products leave them, transposed: lanes 8 i to 8 i + 7 name where the rows of
+// the i-th go.
+__device__ __forceinline__ void store_transposed(u32 address, const u32 (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+               ::"r"(address), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
+}
+
+// What this thread wrote, and what it knows of others' by a barrier, is there for who sees the flag.
+__device__ __forceinline__ void raise(u64* flag, u64 tag) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(tag) : "memory");
+}
+
+// Waits for a raised flag and clears it.
+__device__ __forceinline__ void await(u64* flag, u64 tag) {
+  u64 found;
+  do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(flag) : "memory");
+  while (found != tag);
+  *flag = 0;
 }

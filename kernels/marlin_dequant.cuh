@@ -28,6 +28,16 @@ __device__ __forceinline__ u32 multiply2(u32 a, u32 b) {
   return out;
 }
 
+__device__ __forceinline__ u32 multiply_add2(u32 a, u32 b, u32 c) {
+  u32 out;
+#if BF16
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+#else
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+#endif
+  return out;
+}
+
 // A number in both halves of a register, in the dtype of the activations.
 __device__ __forceinline__ u32 twice(float value) { return from_float(value) * 0x10001u; }
 
@@ -66,6 +76,29 @@ struct Packed {
       unpack(a[s], s == 0 ? words.x : s == 1 ? words.y : s == 2 ? words.z : words.w);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[s][i] = multiply2(subtract2(a[s][i], offset[i & 1]), scale[i & 1]);
+    }
+  }
+
+  // The scale of row `i` of the lane's two, for groups of 128; 0 for one too small to divide by.
+  __device__ __forceinline__ float scale(int i) const {
+    const float found = scale_to_float(u16(scales[0] >> 16 * i));
+    return fabsf(found) < 0x1p-80f ? 0.f : found;
+  }
+
+  // As q - z, exact, for groups of 128; 0 where the scale is.
+  __device__ __forceinline__ void integers(u32 (&a)[SET][4]) const {
+    u32 kept[2], offset[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool there = scale(i) != 0.f;
+      kept[i] = there ? BF16 ? 0x3F803F80u : 0x3C003C00u : 0u;
+      offset[i] = there ? sixteen_and(u32(zeros[0]) >> 8 * i & 255u) | 0x80008000u : 0u;
+    }
+#pragma unroll
+    for (int s = 0; s < SET; ++s) {
+      unpack(a[s], s == 0 ? words.x : s == 1 ? words.y : s == 2 ? words.z : words.w);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[s][i] = multiply_add2(a[s][i], kept[i & 1], offset[i & 1]);
     }
   }
 };

@@ -1,0 +1,252 @@
+"""A quantized linear for many tokens on Hopper, by blocks that stay for several tiles: ``marlin_many.cu``."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from awqc.kernels import marlin_layout as layout
+from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
+from awqc.kernels.hardware import Hardware, hardware
+from awqc.kernels.launch import Launch, nbytes
+from awqc.kernels.machine_code import CudaCode
+from awqc.kernels.marlin_stream import aligned
+
+#: Threads of a block: two warpgroups that multiply, and one that copies.
+_THREADS = 384
+#: Threads that multiply.
+_CONSUMERS = 256
+#: Bytes for the alignment of a block's shared memory, and of the sums that leave it: 16 tokens, twice, of two
+#: warpgroups with 64 rows of 2 bytes.
+_ALIGNMENT, _STAGED = 1024, 4 * 16 * 128
+#: Tokens whose tiles go through the rows together.
+_ABREAST = 2048
+#: What a raised flag holds. Whatever lay in its place before is something else, but for one case in 2**63.
+_TAG = secrets.randbits(63)
+
+
+@dataclass(frozen=True)
+class ManyTiling:
+    """How ``marlin_many.cu`` cuts a product; the names are those of its macros.
+
+    Args:
+        tokens: of a tile, 128 or 256.
+        row_blocks: of 64 rows of a tile, 2 or 4; 4 only with 128 tokens.
+        stages: of 128 channels in flight.
+        shared: whether blocks share tiles, so that all have as much to do.
+        cluster: whether two blocks, of a cluster, share every tile; then ``shared`` does not count.
+        rescaled: whether products are of integers, and sums change their unit from group to group of 128.
+    """
+
+    tokens: int
+    row_blocks: int
+    stages: int
+    shared: bool
+    cluster: bool
+    rescaled: bool
+
+    def shared_bytes(self, group: int) -> int:
+        """Shared memory of a block: the ring, sums that leave, barriers."""
+        weights = self.row_blocks * layout.STRIPS * layout.strip_bytes(group)
+        stage = self.tokens * 2 * layout.CHANNELS + weights
+        return _ALIGNMENT + self.stages * stage + _STAGED + 16 * self.stages
+
+    def shares(self, row_blocks: int, columns: int, tokens: int, processors: int) -> Shares:
+        """Who does what of a weight of ``row_blocks`` by ``columns`` blocks with ``tokens`` tokens."""
+        tiles = -(-row_blocks // self.row_blocks) * -(-tokens // self.tokens)
+        if self.cluster:
+            return Shares(2 * tiles, 0, tiles, columns)
+        if not self.shared:
+            blocks = min(processors, tiles)
+            return Shares(blocks, -(-tiles // blocks), tiles, columns)
+        if 2 * tiles <= processors:
+            return Shares(tiles * min(processors // tiles, columns), 0, tiles, columns)
+        # Shares are of one to two tiles: a tile has two blocks at most, and the second came to it long before.
+        return Shares(processors, max(0, tiles // processors - 1), tiles, columns)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which steps of which tiles each block takes: ``marlin_share.cuh`` in Python.
+
+    Args:
+        blocks: of the grid.
+        waves: tiles that every block takes whole, one of each wave.
+        tiles: of the product; those after the waves are one row of steps, of which each block has a share.
+        steps: of a tile.
+    """
+
+    blocks: int
+    waves: int
+    tiles: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        assert self.blocks * max(0, self.left) * self.steps < 2**31, self
+
+    @property
+    def left(self) -> int:
+        """Tiles after the waves."""
+        return self.tiles - self.waves * self.blocks
+
+    def first(self, block: int) -> int:
+        """Where the share of ``block`` begins, in steps from that of the first tile left."""
+        return block * self.left * self.steps // self.blocks if self.left > 0 else 0
+
+    def pieces(self, block: int) -> Iterator[tuple[int, int, int]]:
+        """Tile, first step and end of what ``block`` does, in its order."""
+        for wave in range(self.waves):
+            if (tile := wave * self.blocks + block) < self.tiles:
+                yield tile, 0, self.steps
+        at, end = self.first(block), self.first(block + 1)
+        while at < end:
+            tile, begin = divmod(at, self.steps)
+            stop = min(self.steps, begin + end - at)
+            yield self.waves * self.blocks + tile, begin, stop
+            at += stop - begin
+
+    def others(self, block: int, tile: int) -> list[int]:
+        """The blocks whose sums ``block``, which has the first steps of ``tile``, adds to its own, in order."""
+        end = (tile - self.waves * self.blocks + 1) * self.steps
+        after = range(block + 1, self.blocks)
+        return [b for b in after if self.first(b) < end and self.first(b) < self.first(b + 1)]
+
+    @property
+    def joins(self) -> bool:
+        """Whether a tile has several blocks."""
+        return self.left > 0 and any(self.first(block) % self.steps for block in range(self.blocks))
+
+    def workspace(self, tiling: ManyTiling) -> int:
+        """Bytes for a part of each block, and its flags after them; 0 where nothing is joined."""
+        if tiling.cluster or not self.joins:
+            return 0
+        return self.blocks * (tiling.row_blocks * layout.ROWS * tiling.tokens * 4 + 2 * 8)
+
+
+def fitting(
+    tokens: int,
+    row_blocks: int,
+    group: int,
+    limit: int,
+    *,
+    shared: bool = False,
+    cluster: bool = False,
+    rescaled: bool = False,
+) -> ManyTiling:
+    """The tiling with as many stages as fit into ``limit`` bytes of shared memory."""
+    return next(
+        tiling
+        for stages in (6, 5, 4, 3, 2)
+        if (
+            tiling := ManyTiling(tokens, row_blocks, stages, shared, cluster, rescaled and group == 128)
+        ).shared_bytes(group)
+        <= limit
+    )
+
+
+@functools.cache
+def _plan(
+    tiling: ManyTiling, row_blocks: int, columns: int, tokens: int, processors: int
+) -> tuple[Shares, int]:
+    """The shares of a product, and the bytes of their workspace."""
+    shares = tiling.shares(row_blocks, columns, tokens, processors)
+    return shares, shares.workspace(tiling)
+
+
+@functools.cache
+def many(
+    tiling: ManyTiling, group: int, dtype: torch.dtype, bfloat16_scales: bool, device: torch.device
+) -> CudaKernel:
+    """The kernel for ``tiling``, compiled and loaded."""
+    return kernel(
+        "marlin_many.cu",
+        "many",
+        "128sPPPPPqiiiiii",
+        device,
+        shared=tiling.shared_bytes(group),
+        cluster=2 if tiling.cluster else 1,
+        dependent=True,
+        **_macros(tiling, group, dtype, bfloat16_scales),
+    )
+
+
+def _macros(tiling: ManyTiling, group: int, dtype: torch.dtype, bfloat16_scales: bool) -> dict[str, int]:
+    return {
+        "BF16": int(dtype == torch.bfloat16),
+        "SCALE_BF16": int(bfloat16_scales),
+        "GROUP": group,
+        "TOKENS": tiling.tokens,
+        "ROW_BLOCKS": tiling.row_blocks,
+        "STAGES": tiling.stages,
+        "CLUSTER": int(tiling.cluster),
+        "RESCALED": int(tiling.rescaled),
+    }
+
+
+def describe(
+    tiling: ManyTiling,
+    at: Hardware,
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group: int,
+    bfloat16_scales: bool,
+) -> list[Launch]:
+    """The launch of :func:`multiply`."""
+    tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
+    shares, workspace = _plan(tiling, row_blocks, columns, tokens, at.processors)
+    return [
+        Launch(
+            "marlin_many.cu:many",
+            nbytes(rows, packed, bias) + workspace,
+            tokens * n * rows.itemsize + workspace,
+            grid=(shares.blocks,),
+            block=(_THREADS,),
+            shared=tiling.shared_bytes(group),
+            cluster=2 if tiling.cluster else 1,
+            config=asdict(tiling) | {"waves": shares.waves},
+            code=CudaCode("marlin_many.cu", "many", _macros(tiling, group, rows.dtype, bfloat16_scales)),
+        )
+    ]
+
+
+def multiply(
+    tiling: ManyTiling,
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    n: int,
+    group: int,
+    bfloat16_scales: bool,
+) -> Tensor:
+    """``rows @ W.T + bias`` for ``rows`` ``(M, K)`` float16 or bfloat16, contiguous; ``(M, n)``.
+
+    Args:
+        tiling: how the product is cut.
+        packed, group, bfloat16_scales: of :func:`awqc.kernels.qlinear_marlin.qlinear_marlin`.
+        bias: ``(n,)`` of the dtype of ``rows``, or None.
+    """
+    rows = aligned(rows)
+    tokens = rows.shape[0]
+    row_blocks, columns = packed.shape[:2]
+    shares, size = _plan(tiling, row_blocks, columns, tokens, hardware(rows.device).processors)
+    out = rows.new_empty(tokens, n)
+    workspace = torch.empty(size, dtype=torch.uint8, device=rows.device)
+    flags = workspace.data_ptr() + max(0, size - shares.blocks * 2 * 8)
+    many(tiling, group, rows.dtype, bfloat16_scales, rows.device).launch(
+        (shares.blocks,),
+        (_THREADS,),
+        (
+            tensor_map(rows, tiling.tokens, 64),
+            *(out.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr()),
+            *(workspace.data_ptr(), flags, _TAG),
+            *(tokens, n, row_blocks, columns, -(-tokens // tiling.tokens), shares.waves),
+        ),
+    )
+    return out

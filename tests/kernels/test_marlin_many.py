@@ -1,0 +1,191 @@
+"""The kernel of blocks that stay, without a GPU: who does what of a product, and that it compiles."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from awqc.kernels import marlin_layout as layout
+from awqc.kernels import nvrtc
+from awqc.kernels.cuda_launch import read_source
+from awqc.kernels.marlin_many import Shares, fitting, multiply
+from awqc.kernels.qlinear import dequantize
+from tests.kernels.on_host import COMPILER
+
+LIMIT = 227 << 10
+TILES = [(128, 4), (256, 2), (128, 2)]
+#: Blocks, waves, tiles, steps: more tiles than blocks and fewer, shares within a tile, of none, of one step.
+SHARES = [
+    *product((1, 3, 7), (0, 1, 2), (1, 2, 5, 8, 15), (1, 2, 7)),
+    *((132, 0, 224, 32), (132, 0, 64, 32), (128, 0, 64, 112), (132, 5, 896, 32), (132, 1, 256, 113)),
+]
+HOST = """
+#include <algorithm>
+#define __device__
+#define __forceinline__ inline
+typedef unsigned u32;
+using std::min;
+%s
+extern "C" int pieces(int blocks, int waves, int tiles, int steps, int block, int* out) {
+  Walk walk({blocks, waves, tiles, steps}, block);
+  Piece piece;
+  int count = 0;
+  for (; walk.next(piece); out += 3, ++count) out[0] = piece.tile, out[1] = piece.begin, out[2] = piece.end;
+  return count;
+}
+"""
+
+
+@pytest.mark.parametrize(("blocks", "waves", "tiles", "steps"), SHARES)
+def test_every_step_is_done_once_and_joined_in_order(blocks: int, waves: int, tiles: int, steps: int) -> None:
+    shares = Shares(blocks, waves, tiles, steps)
+    done: dict[int, dict[int, tuple[int, int]]] = {}
+    for block in range(blocks):
+        pieces = list(shares.pieces(block))
+        # A block leaves its sums once at most, in the first of its pieces that are shared.
+        begun = [i for i, (_, begin, _) in enumerate(pieces) if begin]
+        assert begun in ([], [sum(tile < waves * blocks for tile, *_ in pieces)])
+        for tile, begin, end in pieces:
+            assert 0 <= begin < end <= steps
+            assert block not in done.setdefault(tile, {})
+            done[tile][block] = begin, end
+    assert sorted(done) == list(range(tiles))
+    for tile, parts in done.items():
+        first, *rest = sorted(parts, key=lambda block: parts[block])
+        assert shares.others(first, tile) == rest
+        assert rest == sorted(rest)
+        ends = [parts[block] for block in (first, *rest)]
+        assert [begin for begin, _ in ends] == [0, *(end for _, end in ends[:-1])]
+        assert ends[-1][1] == steps
+        assert shares.joins or not rest
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_the_kernel_has_the_same_pieces(tmp_path: Path) -> None:
+    source = tmp_path / "share.cpp"
+    source.write_text(HOST % read_source("marlin_share.cuh"))
+    command = [
+        str(COMPILER),
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-o",
+        str(tmp_path / "share.so"),
+        str(source),
+    ]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(tmp_path / "share.so"))
+    for sizes in SHARES:
+        shares = Shares(*sizes)
+        for block in range(shares.blocks):
+            found = (ctypes.c_int * 3 * 100)()
+            count = library.pieces(*sizes, block, found)
+            assert [tuple(piece) for piece in found[:count]] == list(shares.pieces(block))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize(("tokens", "row_blocks"), TILES)
+def test_every_tiling_fits(tokens: int, row_blocks: int, group: int) -> None:
+    for shared, cluster in ((False, False), (True, False), *([(False, True)] if row_blocks == 4 else [])):
+        tiling = fitting(tokens, row_blocks, group, LIMIT, shared=shared, cluster=cluster)
+        assert tiling.shared_bytes(group) <= LIMIT
+        # What a block of a cluster gets from the other one lies in its ring of activations.
+        assert not cluster or tiling.stages * tokens * 256 >= 64 * tokens * 2 * 4
+        for rows, columns, m in (
+            (64, 32, 512),
+            (224, 32, 512),
+            (7, 3, 700),
+            (64, 112, 2048),
+            (2004, 32, 300),
+        ):
+            if cluster and rows * m > 64 * 512:
+                continue
+            shares = tiling.shares(rows, columns, m, 132)
+            assert shares.blocks <= 132
+            tiles = -(-rows // row_blocks) * -(-m // tokens)
+            work = [sum(end - begin for _, begin, end in shares.pieces(b)) for b in range(shares.blocks)]
+            assert sum(work) == tiles * columns
+            if shared:
+                assert max(work) - min(work) <= 1 or tiles % shares.blocks == 0
+            part = row_blocks * 64 * tokens * 4 + 16
+            assert shares.workspace(tiling) == (shares.blocks * part if shares.joins and not cluster else 0)
+
+
+@pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
+@pytest.mark.parametrize("bfloat16", [0, 1])
+@pytest.mark.parametrize(("tokens", "row_blocks"), TILES)
+def test_the_kernel_compiles_without_spills_and_waits(tokens: int, row_blocks: int, bfloat16: int) -> None:
+    """The compiler says so when it has to wait for each matrix product, or to keep registers in memory."""
+    flags = ["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"]
+    for group, scales, rescaled in ((32, 1, 0), (64, 0, 0), (128, 1, 0), (128, 0, 1), (128, 1, 1)):
+        for cluster in (0, 1) if row_blocks == 4 else (0,):
+            tiling = fitting(tokens, row_blocks, group, LIMIT)
+            defines = {"BF16": bfloat16, "SCALE_BF16": scales, "GROUP": group, "TOKENS": tokens}
+            defines |= {
+                "ROW_BLOCKS": row_blocks,
+                "STAGES": tiling.stages,
+                "CLUSTER": cluster,
+                "RESCALED": rescaled,
+            }
+            options = [*flags, *(f"-D{key}={value}" for key, value in defines.items())]
+            _, log = nvrtc.compile_with_log(read_source("marlin_many.cu"), options, "marlin_many.cu")
+            assert "Potential Performance Loss" not in log
+            assert "0 bytes spill stores" in log
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "row_blocks"), TILES)
+@pytest.mark.parametrize(
+    "form", ["whole", "shared", "cluster", "rescaled", "rescaled shared", "rescaled cluster"]
+)
+@pytest.mark.parametrize(
+    ("n", "k", "m", "group", "dtype"),
+    [
+        (4096, 4096, 512, 128, torch.float16),
+        (200, 520, 70, 32, torch.bfloat16),
+        (130, 4096, 300, 128, torch.bfloat16),
+        (14336, 1024, 512, 128, torch.float16),
+        (1001, 1000, 2300, 64, torch.float16),
+    ],
+)
+def test_products(
+    n: int, k: int, m: int, group: int, form: str, tokens: int, row_blocks: int, dtype: torch.dtype
+) -> None:
+    """Against float64, with a bias and scales that differ much or are zero; the same bits every time."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs compute capability 9.0")
+    options = dict.fromkeys(form.split(), True)
+    options.pop("whole", None)
+    if "cluster" in options and row_blocks != 4:
+        pytest.skip("a cluster has 256 rows")
+    tiling = fitting(tokens, row_blocks, group, LIMIT, **options)
+    if "cluster" in options and tiling.shares(-(-n // 64), -(-k // 128), m, 132).blocks > 400:
+        pytest.skip("clusters are for few tiles")
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(n, -(-k // group), device="cuda") * 0.02 + 0.01
+    scales = (scales * 2.0 ** torch.randint(-6, 6, scales.shape, device="cuda")).half()
+    scales[torch.rand(scales.shape, device="cuda") < 0.05] = 0
+    zeros = torch.randint(0, 17, scales.shape, dtype=torch.uint8, device="cuda")
+    packed = layout.pack(codes, scales, zeros, group)
+    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    found = multiply(tiling, x, packed, bias, n, group, False)
+    assert_near(found, x, dequantize(codes, scales, zeros, group, torch.float64), bias)
+    for _ in range(3):
+        assert torch.equal(multiply(tiling, x, packed, bias, n, group, False), found)
+
+
+def assert_near(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Weights and results are rounded once each, and sums are float32."""
+    want = x.double() @ weight.t() + bias.double()
+    eps, sums = torch.finfo(x.dtype).eps / 2, weight.shape[1] ** 0.5 * 2.0**-24
+    energy = (x.double().square() @ weight.square().t()).sqrt()
+    bound = (8 * eps + 80 * sums) * energy + 2 * eps * (want.abs() + bias.double().abs())
+    assert ((found.double() - want).abs() <= bound).all()
