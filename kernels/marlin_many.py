@@ -66,7 +66,7 @@ class ManyTiling:
             return Shares(blocks, -(-tiles // blocks), tiles, columns)
         if 2 * tiles <= processors:
             return Shares(tiles * min(processors // tiles, columns), 0, tiles, columns)
-        # Shares are of one to two tiles: a tile has two blocks at most, and the second came to it long before.
+        # Shares are of one to two tiles: a tile has two blocks at most, and the second came to it first.
         return Shares(processors, max(0, tiles // processors - 1), tiles, columns)
 
 
@@ -111,7 +111,7 @@ class Shares:
             at += stop - begin
 
     def others(self, block: int, tile: int) -> list[int]:
-        """The blocks whose sums ``block``, which has the first steps of ``tile``, adds to its own, in order."""
+        """Whose sums ``block``, which has the first steps of ``tile``, adds to its own, in order."""
         end = (tile - self.waves * self.blocks + 1) * self.steps
         after = range(block + 1, self.blocks)
         return [b for b in after if self.first(b) < end and self.first(b) < self.first(b + 1)]
