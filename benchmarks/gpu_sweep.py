@@ -136,12 +136,12 @@ def blocks(n: int, k: int, m: int) -> list[Candidate]:
     """Blocks of ``exllama.cu``; the first is the one that ships."""
     shipped = configs.entry(configs.measured(qlinear_exllama.NAME, torch.device("cuda")), m)
     found = {Block(**shipped): None} if shipped else {}
-    for columns, warps, at_once in product((1, 2, 4, 8), (4, 8, 16), (1, 2, 3, 4, 6, 8)):
+    for columns, warps, at_once, depth in product((1, 2, 4, 8), (4, 8, 16), (1, 2, 3, 4, 6, 8), (1, 2, 4)):
         # What is kept for every column and token, and words of every column; the rest is about 40.
-        registers = 2 * columns * m + 6 * columns + 40
-        if 8 <= at_once * warps <= 32 and registers * 32 * warps * at_once <= 65536:
+        registers = 2 * columns * m + (4 * depth + 2) * columns + 40
+        if 8 <= at_once * warps <= 32 and registers * 32 * warps * at_once <= 65536 and depth * columns <= 8:
             for rounds in (1, 2, 3):
-                found[Block(m, columns, warps, at_once, rounds)] = None
+                found[Block(m, columns, warps, at_once, rounds, depth)] = None
     return [Candidate(block) for block in found]
 
 

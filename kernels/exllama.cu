@@ -9,9 +9,9 @@
 // in float32; warps are added in order, then shares. Nothing overflows, whatever the activations are.
 // No shuffles, so that lanes and warps are arithmetic on the thread index, whatever the hardware's wave is.
 //
-// Macros: COLUMNS (1, 2, 4 or 8), TOKENS (of a block), WARPS, BLOCKS (that a multiprocessor is to hold), BFLOAT
-// (x and y: bfloat16, else float16), SCALES (0 float16, 1 bfloat16, 2 float32), DEPENDENT (launched before the
-// predecessor has ended).
+// Macros: COLUMNS (1, 2, 4 or 8), TOKENS (of a block), WARPS, BLOCKS (that a multiprocessor is to hold), DEPTH (chunks
+// of words on their way), BFLOAT (x and y: bfloat16, else float16), SCALES (0 float16, 1 bfloat16, 2 float32),
+// DEPENDENT (launched before the predecessor has ended).
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -160,6 +160,14 @@ __device__ __forceinline__ int column_of(int lane, int c) {
   return blockIdx.x * 32 * COLUMNS + c / WIDTH * 32 * WIDTH + lane * WIDTH + c % WIDTH;
 }
 
+typedef typename Bytes<4 * WIDTH>::type Load;
+
+// Words of a lane's columns in row `row` from `source` on.
+__device__ __forceinline__ void load_row(Load (&to)[LOADS], const u32* source, int row, int stride) {
+#pragma unroll
+  for (int l = 0; l < LOADS; ++l) to[l] = *reinterpret_cast<const Load*>(source + long(row) * stride + l * 32 * WIDTH);
+}
+
 // Products of a (m, k) x and columns of the weight. Grid: columns, shares of the chunks, tokens. With one share
 // the result goes to y (m, n), else its float32 terms to partial (shares, m, n).
 // words (chunks * ROWS, stride); scales, zeros (groups, stride); bias (n) like x, or null.
@@ -167,7 +175,6 @@ extern "C" __global__ void BOUNDS
     product(u16* __restrict__ y, float* __restrict__ partial, const u16* __restrict__ x,
             const u32* __restrict__ words, const void* __restrict__ scales, const u8* __restrict__ zeros,
             const u16* __restrict__ bias, int m, int n, int k, int stride, int chunks, int group_chunks) {
-  typedef typename Bytes<4 * WIDTH>::type Load;
   typedef typename Bytes<sizeof(Scale) * WIDTH>::type ScaleLoad;
   typedef typename Bytes<WIDTH>::type ZeroLoad;
   extern __shared__ __align__(16) float shared[];
@@ -180,14 +187,14 @@ extern "C" __global__ void BOUNDS
   const int token = blockIdx.z * TOKENS;
 
   // Weights do not depend on what ran before: the first are on their way while x is waited for.
-  Load held[ROWS][LOADS];
+  Load held[DEPTH][ROWS][LOADS];
   const u32* source = words + long(first) * ROWS * stride + column_of(lane, 0);
-  if (first < last) {
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r)
+  for (int d = 0; d < DEPTH; ++d) {
+    if (first + d < last) {
 #pragma unroll
-      for (int l = 0; l < LOADS; ++l)
-        held[r][l] = *reinterpret_cast<const Load*>(source + long(r) * stride + l * 32 * WIDTH);
+      for (int r = 0; r < ROWS; ++r) load_row(held[d][r], source, d * ROWS + r, stride);
+    }
   }
   wait_for_predecessor();
 
@@ -223,78 +230,84 @@ extern "C" __global__ void BOUNDS
 
   float total[COLUMNS][TOKENS] = {};
   float factor[COLUMNS], zero[COLUMNS];
-  int next_group = first;
+  int group = first / group_chunks, change = group * group_chunks;
 #pragma unroll 1
-  for (int chunk = first; chunk < last; ++chunk) {
-    const int local = chunk - block_first;
-    if (chunk == next_group) {
-      const int group = chunk / group_chunks;
-      next_group = (group + 1) * group_chunks;
+  for (int base = first; base < last; base += DEPTH) {
 #pragma unroll
-      for (int l = 0; l < LOADS; ++l) {
-        const long at = long(group) * stride + column_of(lane, l * WIDTH);
-        const auto s = *reinterpret_cast<const ScaleLoad*>(static_cast<const Scale*>(scales) + at);
-        const auto z = *reinterpret_cast<const ZeroLoad*>(zeros + at);
+    for (int d = 0; d < DEPTH; ++d) {
+      const int chunk = base + d, local = chunk - block_first;
+      if (chunk >= last) break;
+      if (chunk >= change) {
+        change += group_chunks;
 #pragma unroll
-        for (int c = 0; c < WIDTH; ++c) {
-          factor[l * WIDTH + c] = scale(reinterpret_cast<const Scale*>(&s)[c]);
-          zero[l * WIDTH + c] = float(reinterpret_cast<const u8*>(&z)[c]);
+        for (int l = 0; l < LOADS; ++l) {
+          const long at = long(group) * stride + column_of(lane, l * WIDTH);
+          const auto s = *reinterpret_cast<const ScaleLoad*>(static_cast<const Scale*>(scales) + at);
+          const auto z = *reinterpret_cast<const ZeroLoad*>(zeros + at);
+#pragma unroll
+          for (int c = 0; c < WIDTH; ++c) {
+            factor[l * WIDTH + c] = scale(reinterpret_cast<const Scale*>(&s)[c]);
+            zero[l * WIDTH + c] = float(reinterpret_cast<const u8*>(&z)[c]);
+          }
+        }
+        ++group;
+      }
+      int acc[COLUMNS][TOKENS];
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) acc[c][t] = MAGIC_BITS;
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        u32 front[COLUMNS], back[COLUMNS];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+          const u32 codes = reinterpret_cast<const u32*>(held[d][r])[c];
+          front[c] = codes & 0x0f0f0f0f;
+          back[c] = codes >> 4 & 0x0f0f0f0f;
+        }
+        if (chunk + DEPTH < last) load_row(held[d][r], source, (DEPTH + d) * ROWS + r, stride);
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+          const uint4 v = reinterpret_cast<const uint4*>(shared)[(local * ROWS + r) * TOKENS + t];
+#pragma unroll
+          for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.x, front[c], acc[c][t]);
+#pragma unroll
+          for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.y, front[c], acc[c][t]);
+#pragma unroll
+          for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.z, back[c], acc[c][t]);
+#pragma unroll
+          for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.w, back[c], acc[c][t]);
+        }
+      }
+      // Sums of at most 32 * 15 * 2^13 < 2^22 began at MAGIC, and are floats without a conversion.
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) {
+        const float2 of = about[local * TOKENS + t];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+          const float sum = __uint_as_float(u32(acc[c][t])) - MAGIC;
+          total[c][t] += factor[c] * of.x * (sum - zero[c] * of.y);
         }
       }
     }
-    source += long(ROWS) * stride;
-    int acc[COLUMNS][TOKENS];
-#pragma unroll
-    for (int c = 0; c < COLUMNS; ++c)
-#pragma unroll
-      for (int t = 0; t < TOKENS; ++t) acc[c][t] = MAGIC_BITS;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-      u32 front[COLUMNS], back[COLUMNS];
-#pragma unroll
-      for (int c = 0; c < COLUMNS; ++c) {
-        const u32 codes = reinterpret_cast<const u32*>(held[r])[c];
-        front[c] = codes & 0x0f0f0f0f;
-        back[c] = codes >> 4 & 0x0f0f0f0f;
-      }
-      if (chunk + 1 < last) {
-#pragma unroll
-        for (int l = 0; l < LOADS; ++l)
-          held[r][l] = *reinterpret_cast<const Load*>(source + long(r) * stride + l * 32 * WIDTH);
-      }
-#pragma unroll
-      for (int t = 0; t < TOKENS; ++t) {
-        const uint4 v = reinterpret_cast<const uint4*>(shared)[(local * ROWS + r) * TOKENS + t];
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.x, front[c], acc[c][t]);
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.y, front[c], acc[c][t]);
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.z, back[c], acc[c][t]);
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.w, back[c], acc[c][t]);
-      }
-    }
-    // Sums of at most 32 * 15 * 2^13 < 2^22 began at MAGIC, and are floats without a conversion.
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-      const float2 of = about[local * TOKENS + t];
-#pragma unroll
-      for (int c = 0; c < COLUMNS; ++c) {
-        const float sum = __uint_as_float(u32(acc[c][t])) - MAGIC;
-        total[c][t] += factor[c] * of.x * (sum - zero[c] * of.y);
-      }
-    }
+    source += long(DEPTH) * ROWS * stride;
   }
 
   __syncthreads();  // x is no longer needed
 #pragma unroll
-  for (int c = 0; c < COLUMNS; ++c)
+  for (int t = 0; t < TOKENS; ++t)
 #pragma unroll
-    for (int t = 0; t < TOKENS; ++t) shared[((warp * TOKENS + t) * COLUMNS + c) * 32 + lane] = total[c][t];
+    for (int l = 0; l < LOADS; ++l) {
+      float side_by_side[WIDTH];
+#pragma unroll
+      for (int c = 0; c < WIDTH; ++c) side_by_side[c] = total[l * WIDTH + c][t];
+      reinterpret_cast<Load*>(shared)[((warp * TOKENS + t) * LOADS + l) * 32 + lane] =
+          *reinterpret_cast<const Load*>(side_by_side);
+    }
   __syncthreads();
   for (int i = threadIdx.x; i < TOKENS * COLUMNS * 32; i += THREADS) {
-    const int t = token + i / (COLUMNS * 32), column = column_of(i % 32, i / 32 % COLUMNS);
+    const int t = token + i / (COLUMNS * 32), column = blockIdx.x * 32 * COLUMNS + i % (COLUMNS * 32);
     if (t >= m || column >= n) continue;
     float result = 0.f;
 #pragma unroll
@@ -314,7 +327,13 @@ extern "C" __global__ void __launch_bounds__(256)
   const int i = blockIdx.x * 256 + threadIdx.x;
   if (i >= size) return;
   float result = 0.f;
-  for (int s = 0; s < shares; ++s) result += partial[long(s) * size + i];
+  for (int s = 0; s < shares; s += 8) {  // whose loads do not wait for each other
+    float term[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) term[j] = s + j < shares ? partial[long(s + j) * size + i] : 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) result += term[j];
+  }
   y[i] = from_float(bias ? result + to_float(bias[i % n]) : result);
 }
 

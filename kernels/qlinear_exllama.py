@@ -66,6 +66,7 @@ class Block:
         warps: of a block, which share its input channels.
         blocks: as many as a processor holds at a time.
         rounds: how often blocks fill the device, one set after the other.
+        depth: chunks of 32 channels whose words are loaded ahead.
     """
 
     tokens: int
@@ -73,6 +74,7 @@ class Block:
     warps: int
     blocks: int
     rounds: int = 1
+    depth: int = 1
 
     def shares(self, tokens: int, rows: int, chunks: int, processors: int, limit: int) -> int:
         """Shares of the ``chunks`` of K with which blocks fill the device ``rounds`` times, but no oftener.
@@ -140,6 +142,7 @@ def _macros(block: Block, dtype: torch.dtype, scales: torch.dtype, dependent: bo
         "TOKENS": block.tokens,
         "WARPS": block.warps,
         "BLOCKS": block.blocks,
+        "DEPTH": block.depth,
         "BFLOAT": int(dtype == torch.bfloat16),
         "SCALES": _SCALES[scales],
         "DEPENDENT": int(dependent),

@@ -72,6 +72,7 @@ def multiply_on_host(
         TOKENS=block.tokens,
         WARPS=block.warps,
         BLOCKS=block.blocks,
+        DEPTH=block.depth,
         BFLOAT=int(x.dtype == torch.bfloat16),
         SCALES=SCALES[scale_dtype],
         DEPENDENT=1,
@@ -121,7 +122,9 @@ def assert_close(got: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor |
 
 
 @pytest.mark.parametrize(
-    "block", [Block(1, 4, 8, 4), Block(2, 2, 4, 2), Block(4, 1, 4, 2), Block(8, 8, 4, 2)], ids=str
+    "block",
+    [Block(1, 4, 8, 4), Block(2, 2, 4, 2, rounds=2), Block(4, 1, 4, 2, depth=4), Block(8, 8, 2, 2, depth=2)],
+    ids=str,
 )
 @pytest.mark.parametrize(
     ("n", "k", "group_size", "tokens"),
@@ -154,6 +157,7 @@ def test_every_dtype_of_activations_and_scales(dtype: torch.dtype, scale_dtype: 
         TOKENS=1,
         WARPS=1,
         BLOCKS=1,
+        DEPTH=1,
         BFLOAT=int(dtype == torch.bfloat16),
         SCALES=SCALES[scale_dtype],
         DEPENDENT=0,
@@ -235,7 +239,14 @@ def test_activations_at_any_address() -> None:
 def test_weights_of_odd_width_are_written_out_whole() -> None:
     weight = weight_of(33, 61, -1)
     kernels = library(
-        COLUMNS=1, TOKENS=1, WARPS=1, BLOCKS=1, BFLOAT=0, SCALES=SCALES[weight.scales.dtype], DEPENDENT=0
+        COLUMNS=1,
+        TOKENS=1,
+        WARPS=1,
+        BLOCKS=1,
+        DEPTH=1,
+        BFLOAT=0,
+        SCALES=SCALES[weight.scales.dtype],
+        DEPENDENT=0,
     )
     tensors, _ = ExLlama.pack(weight.codes, weight.scales, weight.zeros, None, 4, -1)
     out = Memory(kernels, torch.tensor(float("nan")).half().expand(61, 33))

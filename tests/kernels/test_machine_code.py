@@ -39,7 +39,16 @@ def test_instructions() -> None:
 
 @pytest.mark.skipif(not has_disassembler(), reason="no cuobjdump: install triton")
 def test_only_the_function_that_is_asked_for() -> None:
-    defines = {"COLUMNS": 4, "TOKENS": 1, "WARPS": 8, "BLOCKS": 1, "BFLOAT": 0, "SCALES": 0, "DEPENDENT": 0}
+    defines = {
+        "COLUMNS": 4,
+        "TOKENS": 1,
+        "WARPS": 8,
+        "BLOCKS": 1,
+        "DEPTH": 1,
+        "BFLOAT": 0,
+        "SCALES": 0,
+        "DEPENDENT": 0,
+    }
     text = sass(CudaCode("exllama.cu", "join", defines), (8, 0))
     assert "Function : join" in text
     assert "Function : product" not in text

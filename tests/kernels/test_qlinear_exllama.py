@@ -97,6 +97,7 @@ def test_every_source_that_ships_compiles(architecture: str) -> None:
                 "TOKENS": block.tokens,
                 "WARPS": block.warps,
                 "BLOCKS": block.blocks,
+                "DEPTH": block.depth,
                 "BFLOAT": bfloat,
                 "SCALES": scales,
                 "DEPENDENT": int(architecture >= "sm_90"),
