@@ -8,7 +8,8 @@ the statistics of its inputs, and what the pass that runs needs beside them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,6 +90,32 @@ def memory_limit(
         by_device[_indexed(key)] = _bytes(stated)
     limit, host = by_device.get(_indexed(device)), by_device.get(torch.device("cpu"))
     return MemoryLimit(limit, host)
+
+
+@contextmanager
+def enforced(limit: MemoryLimit, device: torch.device) -> Iterator[None]:
+    """Hold torch's allocator on a GPU to ``limit`` within the block: before it takes more it gives back what
+    it holds unused, and what does not fit then is an ``OutOfMemoryError``.
+
+    Raises:
+        ConfigError: in the place of one that nothing in the block had an answer to.
+    """
+    if device.type != "cuda" or limit.device is None:
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit.device / total), device)
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        what = str(error).partition(". ")[0]
+        raise ConfigError(
+            f"{limit.device / 1e9:.1f} GB of memory on {device}, which max_memory allows, are not enough "
+            f"({what}): give more; what is finished is kept and continued"
+        ) from error
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def _indexed(device: torch.device) -> torch.device:

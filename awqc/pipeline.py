@@ -9,7 +9,6 @@ the graph is verified, and a pass that promised ``"equal"`` is held to it by run
 from __future__ import annotations
 
 import gc
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from awqc.observers.activations import Activations
 from awqc.observers.stages import Observer, Stage, Stages
 from awqc.observers.statistics import Statistics
 from awqc.quantization.scales import FoldedScales
+from awqc.report import Report
 from awqc.text import diff_text
 from awqc.verify import StageCheck, check_equal
 from awqc.work import Work
@@ -235,6 +235,10 @@ class _Runner:
     def __init__(self, graph: Graph, context: Context, flags: Flags) -> None:
         self.graph, self.context, self.flags = graph, context, flags
 
+    @property
+    def _report(self) -> Report:
+        return self.context.report
+
     def run_on_graph(self, current: Pass) -> None:
         equal = current.output == "equal" and self.flags.check
         text = self.graph.text() if self.flags.wants(current.name) else ""
@@ -242,7 +246,8 @@ class _Runner:
         self._timed(current)
         self.graph.verify()
         if before is not None and self._state() != state:
-            self._check(current, before)
+            with self._report.timed("check"):
+                self._check(current, before)
         elif self._state() != state:
             self.context.probe = None
         if text:
@@ -289,12 +294,14 @@ class _Runner:
                 self._read_ahead(stages, number)
                 self._run_on_stage(stage, passes, activations)
                 if journal is not None:
-                    journal.commit(stage, activations)
+                    with self._report.timed("journal"):
+                        journal.commit(stage, activations)
         finally:
             if activations is not None:
                 activations.samples.close()
         if journal is not None:
-            journal.finish()
+            with self._report.timed("journal"):
+                journal.finish()
         self.context.stage = None
         self.graph.facts.drop(Activations)
         for current in passes:
@@ -307,10 +314,9 @@ class _Runner:
         self.graph.weights.prefetch(view.parameter for view in views)
 
     def _activations(self, stages: Stages) -> Activations:
-        start = time.perf_counter()
-        activations = Activations(self.graph, stages, self.context)
-        self.graph.weights.release()
-        self.context.report.add_seconds("run-tokens", time.perf_counter() - start)
+        with self._report.timed("run-tokens"):
+            activations = Activations(self.graph, stages, self.context)
+            self.graph.weights.release()
         self.graph.facts[Activations] = activations
         return activations
 
@@ -323,35 +329,35 @@ class _Runner:
                 self._advance(activations, stage)
             version = self.graph.version
             if check is not None and current.output == "equal":
-                check.before()
+                with self._report.timed("check"):
+                    check.before()
             self._timed(current)
             if self.graph.version != version:
                 raise VerifyError(
                     f"{current.name!r} is a stage pass and changed the graph's nodes: use scope='graph'"
                 )
             if check is not None and current.output == "equal":
-                check.after(current.name)
+                with self._report.timed("check"):
+                    check.after(current.name)
         self._advance(activations, stage)
         self.graph.weights.release()
 
     def _advance(self, activations: Activations, stage: Stage) -> None:
-        start = time.perf_counter()
-        if self.context.journal is not None:
-            self.context.journal.moving()
-        activations.advance(stage)
-        self.context.report.add_seconds("run-tokens", time.perf_counter() - start)
+        with self._report.timed("run-tokens"):
+            if self.context.journal is not None:
+                self.context.journal.moving()
+            activations.advance(stage)
 
     def _timed(self, current: Pass) -> None:
         _check_there(self.graph, current)
-        start = time.perf_counter()
-        self._run(current)
+        with self._report.timed(current.name):
+            self._run(current)
         for fact in current.consumes:
             if fact not in current.provides:
                 self.graph.facts.drop(fact)
         for fact in current.provides:
             if fact not in self.graph.facts:
                 raise PipelineError(f"{current.name!r} declares that it provides {fact.__name__} but did not")
-        self.context.report.add_seconds(current.name, time.perf_counter() - start)
 
     def _run(self, current: Pass) -> None:
         """Run ``current``; where the device runs out of memory, again with less on it."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -136,6 +138,15 @@ class Report:
     def add_seconds(self, name: str, seconds: float) -> None:
         """Account for wall time spent in ``name``."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Account for the wall time of the block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_seconds(name, time.perf_counter() - start)
 
     def note(self, where: str, what: str) -> None:
         """Record something skipped, refused or approximated; said once."""

@@ -24,7 +24,7 @@ from awqc.errors import CheckpointError, ConfigError
 from awqc.flags import Flags
 from awqc.job import SEQ_LEN, Calibration, Job, account, check_pipeline, start
 from awqc.journal import Follower, Identity, Journal, SourceDigest, journal_path
-from awqc.memory import SHARD_SHARE, memory_limit
+from awqc.memory import SHARD_SHARE, enforced, memory_limit
 from awqc.pipeline import Pipeline
 from awqc.ranks import current
 from awqc.report import Report
@@ -119,13 +119,15 @@ def compile_to(
         return opened[0]
 
     try:
-        job = start(model, calibration, chosen, root, device, progress, journal, limit)
-        job.run(pipeline, flags)
-        if ranks.first:
-            written = _write(job, target, format, overwrite)
-        else:
-            written = CompiledCheckpoint(target, format, job.context.report)
-        ranks.agree("", None)  # what is written is there for all
+        with enforced(limit, torch.device(device)):
+            job = start(model, calibration, chosen, root, device, progress, journal, limit)
+            job.run(pipeline, flags)
+            if ranks.first:
+                with job.context.report.timed("save"):
+                    written = _write(job, target, format, overwrite)
+            else:
+                written = CompiledCheckpoint(target, format, job.context.report)
+            ranks.agree("", None)  # what is written is there for all
     except KeyboardInterrupt as error:
         for one in opened:
             one.close()

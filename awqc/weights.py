@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from awqc.checkpoints.tensors import page_locked
 from awqc.errors import NonFiniteError
 from awqc.quantized import QuantizedWeight, Scheme
 
@@ -125,7 +126,7 @@ class Weights:
         if name not in self._resident:
             held = self._held(name)
             if held is None:
-                found = self._checked(name, self._place(self._source(name)))
+                found = self._checked(name, self._place(self._source(name, self._fetch)))
             else:
                 found = self._place(held.dense() if isinstance(held, Rounded) else held)
             for fold in self._folds.get(name, ()):
@@ -137,7 +138,7 @@ class Weights:
         """What ``name`` stands for, as it is kept: in the dtype and on the device of the source or of the
         pass that put it there, and not held on to."""
         held = self._held(name)
-        return self._checked(name, self._source(name)) if held is None else held
+        return self._checked(name, self._source(name, self._read)) if held is None else held
 
     def _held(self, name: str) -> Tensor | Rounded | None:
         """What a pass has put there, None where the source's value stands."""
@@ -151,9 +152,9 @@ class Weights:
         part: Tensor = getattr(rounded.weight, field)
         return part
 
-    def _source(self, name: str) -> Tensor:
+    def _source(self, name: str, read: Read) -> Tensor:
         coming = self._coming.pop(name, None)
-        return self._read(name) if coming is None else coming.result()
+        return read(name) if coming is None else coming.result()
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Begin to read source tensors that are needed soon, in the background."""
@@ -162,8 +163,8 @@ class Weights:
                 self._coming[name] = _READERS.submit(self._fetch, name)
 
     def _fetch(self, name: str) -> Tensor:
-        value = self._read(name)
-        return value.pin_memory() if self.device.type == "cuda" and value.device.type == "cpu" else value
+        with page_locked(self.device):
+            return self._read(name)
 
     def __setitem__(self, name: str, value: Tensor | Rounded) -> None:
         self._changed[name] = value

@@ -10,7 +10,7 @@ from awqc.context import Context
 from awqc.graph import Graph
 from awqc.memory import Kind
 from awqc.observers.activations import Activations
-from awqc.observers.input_statistics import GRAM_BLOCK, InputStatistics
+from awqc.observers.input_statistics import InputStatistics, gram_block
 from awqc.observers.stages import Observer, Observers, Stages
 from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
@@ -44,9 +44,9 @@ class Calibrate(Pass):
         for observer in observers:
             views = {type(view): view for view in observer.views}
             for view in views.values():  # statistics are shared by all that read the activation
-                k, tokens = view.in_features, rows(view) * samples
-                work["grams"] += tokens * k * (k + GRAM_BLOCK if kind != "sampled" else 2 * GRAM_BLOCK)
-                work["calls"] += samples * matrices_of(view) * (8 + k // GRAM_BLOCK)
+                k, tokens, block = view.in_features, rows(view) * samples, gram_block(view.in_features)
+                work["grams"] += tokens * k * (k + block if kind != "sampled" else 2 * gram_block(0))
+                work["calls"] += samples * matrices_of(view) * (8 + k // block)
         for _, view, _ in quantized_views(observers, schemes):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)

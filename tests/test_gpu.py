@@ -10,6 +10,8 @@ from transformers import LlamaForCausalLM
 import awqc
 from awqc import QuantConfig
 from awqc.capture import relative_error
+from awqc.errors import ConfigError
+from awqc.memory import MemoryLimit, enforced
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,3 +47,20 @@ def test_a_half_precision_load_generates(
     model = awqc.load(saved, device="cuda")
     assert {t.dtype for t in model.parameters()} == {torch.float16}
     assert torch.isfinite(model(token_ids[:1].cuda()).logits).all()
+
+
+def test_what_max_memory_allows_is_all_that_is_taken() -> None:
+    device, size = torch.device("cuda"), 1 << 30
+    limit = MemoryLimit(size)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with enforced(limit, device):
+        kept = torch.empty(size // 2 - before, dtype=torch.uint8, device=device)
+        torch.empty(size // 4, dtype=torch.uint8, device=device)
+        torch.empty(size // 3, dtype=torch.uint8, device=device)  # what was freed is given back first
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(size // 2 + 1, dtype=torch.uint8, device=device)
+    said = r"1\.1 GB of memory on cuda, which max_memory allows"
+    with pytest.raises(ConfigError, match=said), enforced(limit, device):
+        torch.empty(size, dtype=torch.uint8, device=device)
+    assert torch.empty(size, dtype=torch.uint8, device=device).numel() > kept.numel()

@@ -88,7 +88,8 @@ def test_made_up_weights_are_like_trained_ones(source: ModelSource) -> None:
             size = value.std() * (tensor.shape[-1] ** 0.5 if tensor.ndim > 1 else 8)
             assert size == pytest.approx(1, abs=5 / tensor.numel() ** 0.5)
         else:
-            assert torch.equal(value, tensor) and value is not tensor  # the caller may overwrite it
+            assert torch.equal(value, tensor)
+            assert value is not tensor  # the caller may overwrite it
     q, k = (read(f"model.layers.0.self_attn.{n}_proj.weight", torch.float32)[:32] for n in "qk")
     assert (q @ k.T).abs().max() < 1  # rows have norm one: none is like another
 

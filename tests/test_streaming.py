@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ import awqc.journal.journal
 from awqc import QuantConfig
 from awqc.errors import JournalError
 from awqc.journal import journal_path
-from awqc.journal.entry import write_entry
+from awqc.journal.entry import read_entry, write_entry
+from awqc.journal.store import JournalStore
 from awqc.passes.round_weights import RoundWeights
+from awqc.quantized import Scheme, quantize
+from awqc.weights import Memory, Rounded
 from tests.mixtures import build
 from tests.models import gpt2, llama
 
@@ -279,3 +284,21 @@ def test_one_output_has_one_compile_at_a_time(
     journal = stopped(directory, tmp_path / "out", token_ids, monkeypatch)
     with FileLock(journal / "lock"), pytest.raises(JournalError, match="in use: another process compiles"):
         compile_to(directory, tmp_path / "out", token_ids)
+
+
+def test_what_is_read_from_the_journal_is_not_held(tmp_path: Path) -> None:
+    weight = quantize(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), Scheme(4, 32))
+    store = JournalStore(Memory(), torch.device("cpu"))
+    store["w"] = Rounded(weight)
+    record, tensors = store.take({})
+    store.add(write_entry(tmp_path, 0, record, tensors))
+    found = store["w"]
+    assert isinstance(found, Rounded)
+    store["w"] = Rounded(replace(found.weight, scales=2 * found.weight.scales))
+    assert "codes:w" not in store.take({})[1]  # a fold keeps them
+    store.add(read_entry(tmp_path, 0) or pytest.fail("there is no entry"))
+    found = store["w"]
+    assert isinstance(found, Rounded)
+    codes = weakref.ref(found.weight.codes)
+    del found
+    assert codes() is None

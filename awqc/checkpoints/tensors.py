@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,12 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+#: Bytes of a tensor that one thread reads: a copy from the system's cache is bound by a core.
+_PART = 1 << 25
+#: Bytes of the largest tensor in page-locked memory, which is kept for others of its size.
+_LOCKED_MOST = 1 << 28
+_READERS = ThreadPoolExecutor(4, thread_name_prefix="read")
+_PAGE_LOCKED: ContextVar[bool] = ContextVar("_PAGE_LOCKED", default=False)
 _LFS_POINTER = b"version https://git-lfs"
 _AGAIN = "copy or download it again"
 
@@ -224,22 +233,39 @@ def read_tensor(info: TensorInfo) -> Tensor:
     Raises:
         CheckpointError: if its file cannot be read.
     """
-    tensor = torch.empty(info.shape, dtype=info.dtype)
+    locked = _PAGE_LOCKED.get() and info.nbytes <= _LOCKED_MOST
+    tensor = torch.empty(info.shape, dtype=info.dtype, pin_memory=locked)
     if info.nbytes == 0:
         return tensor
     into = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-    try:
+
+    def fill(start: int) -> None:
         with info.file.open("rb", buffering=0) as stream:
-            stream.seek(info.begin)
-            done = 0
-            while done < info.nbytes:
-                count = stream.readinto(into[done:])
+            stream.seek(info.begin + start)
+            done, end = start, min(start + _PART, info.nbytes)
+            while done < end:
+                count = stream.readinto(into[done:end])
                 if not count:
                     raise CheckpointError(f"{info.file} is truncated: {_AGAIN}")
                 done += count
+
+    try:
+        starts = range(0, info.nbytes, _PART)
+        for _ in map(fill, starts) if len(starts) == 1 else _READERS.map(fill, starts):
+            pass
     except OSError as error:
         raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from error
     return tensor
+
+
+@contextmanager
+def page_locked(device: torch.device) -> Iterator[None]:
+    """What the block reads, very large tensors apart, is copied to ``device`` without another copy."""
+    token = _PAGE_LOCKED.set(device.type == "cuda")
+    try:
+        yield
+    finally:
+        _PAGE_LOCKED.reset(token)
 
 
 def _tensor_info(file: Path, name: str, entry: Mapping[str, Any], data: int) -> TensorInfo:

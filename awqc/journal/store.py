@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ class JournalStore:
         #: What is being written, and by then in an entry.
         self._written = Memory()
         self._places: dict[str, _Place] = {}
-        #: Handed out since the last commit: a fold into a rounded weight keeps its codes.
-        self._read: dict[str, Rounded] = {}
+        #: Codes that were handed out and are still in use: a fold into a rounded weight keeps them.
+        self._codes: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     def __getitem__(self, name: str) -> Tensor | Rounded:
         if name in self.pending:
@@ -63,7 +64,7 @@ class JournalStore:
         else:
             return self._base[name]
         if isinstance(value, Rounded):
-            self._read[name] = value
+            self._codes[name] = value.weight.codes
         return value
 
     def __setitem__(self, name: str, value: Tensor | Rounded) -> None:
@@ -104,14 +105,14 @@ class JournalStore:
             if isinstance(value, Tensor):
                 tensors[DENSE + name] = _own(value)
                 continue
-            weight, before = value.weight, self._read.get(name)
+            weight = value.weight
             rounded[name] = {
                 "scheme": asdict(weight.scheme),
                 "shape": list(weight.codes.shape),
                 "transposed": value.transposed,
             }
             tensors[SCALES + name] = _own(weight.scales)
-            if before is None or before.weight.codes is not weight.codes:
+            if self._codes.get(name) is not weight.codes:
                 codes = weight.codes.flatten(0, -2)
                 tensors[CODES + name] = _own(pack_bits(codes, weight.scheme.bits))
                 tensors[ZEROS + name] = _own(weight.zeros)
@@ -121,7 +122,8 @@ class JournalStore:
                 tensors[MOVED + name] = _own(dense)
         final = [name for name, value in self.pending.items() if moved.get(name) is value]
         early = None if len(final) == len(self.pending) else final
-        self._written, self.pending, self._read = self.pending, Memory(), {}
+        self._written, self.pending = self.pending, Memory()
+        self._codes.clear()
         return {"rounded": rounded, "early": early}, tensors
 
     def add(self, entry: Entry, only: Collection[str] | None = None) -> None:

@@ -26,7 +26,7 @@ from awqc.memory import activations_place, choose_kinds
 from awqc.observers.dispatch import Rerouting, choice
 from awqc.observers.expert_statistics import ExpertStatistics
 from awqc.observers.input_statistics import InputStatistics, split_sample
-from awqc.observers.products import propagation_dtype, rounded_linears
+from awqc.observers.products import gram_products, propagation_dtype, rounded_linears
 from awqc.observers.samples import Samples
 from awqc.observers.stages import Observer, Stage, Stages
 from awqc.observers.statistics import Statistics
@@ -67,6 +67,8 @@ class Activations:
         self._dtype = propagation_dtype(self.context.config.propagate_dtype, weights.dtype, weights.device)
         if self._dtype is not None:
             self.context.report.note("calibration", f"tokens move through products in {self._dtype}")
+            if weights.device.type == "cuda":
+                self.context.report.note("calibration", "Gram matrices are sums of products in TF32")
         count, ranks = len(self.context.batches), self.context.ranks
         if count < ranks.count:
             raise ConfigError(
@@ -131,18 +133,8 @@ class Activations:
             # One sample of each process; at the end some have none left.
             sample = self.samples[start // ranks.count] if start + ranks.rank < count else None
             values = {} if sample is None else self.evaluate([*statistics, *dispatched], sample, calls=calls)
-            for node, found in statistics.items():
-                width = found.mean_abs.shape[0]
-                x = found.mean_abs.new_empty(0, width) if sample is None else values[node].reshape(-1, width)
-                for index, each in enumerate(ranks.gather(x), start):
-                    for rows, held_out in split_sample(each, index, count) if index < count else ():
-                        found.add(rows, held_out, ranks)
-            for by_expert in statistics.by_expert.values():
-                own = [] if sample is None else self._expert_rows(by_expert.view, values, sample)
-                for index, parts in enumerate(self._gathered(list(own), by_expert.view), start):
-                    for expert, each in parts:
-                        for rows, held_out in split_sample(each, index, count):
-                            by_expert.add(expert, rows, held_out, ranks)
+            with gram_products(self._dtype, device):
+                self._add(statistics, values, sample, start)
         for observer in stage.observers:
             for found in statistics.finish(observer.node, ranks):
                 # A NaN or Inf anywhere makes these sums non-finite.
@@ -152,6 +144,23 @@ class Activations:
         if "offloaded" in kinds:
             statistics.offload()
         return statistics
+
+    def _add(self, statistics: Statistics, values: Env, sample: Env | None, first: int) -> None:
+        """Account for one sample of each process, those from number ``first`` on; None where this process has
+        none left."""
+        ranks, count = self.context.ranks, len(self.context.batches)
+        for node, found in statistics.items():
+            width = found.mean_abs.shape[0]
+            x = found.mean_abs.new_empty(0, width) if sample is None else values[node].reshape(-1, width)
+            for index, each in enumerate(ranks.gather(x), first):
+                for rows, held_out in split_sample(each, index, count) if index < count else ():
+                    found.add(rows, held_out, ranks)
+        for by_expert in statistics.by_expert.values():
+            own = [] if sample is None else self._expert_rows(by_expert.view, values, sample)
+            for index, parts in enumerate(self._gathered(list(own), by_expert.view), first):
+                for expert, each in parts:
+                    for rows, held_out in split_sample(each, index, count):
+                        by_expert.add(expert, rows, held_out, ranks)
 
     def _gathered(
         self, parts: list[tuple[int, Tensor]], view: ExpertLinear

@@ -16,8 +16,14 @@ from awqc.ranks import Ranks
 ALONE = Ranks()
 #: One sample in this many is held out from every search, to judge what the search proposes.
 HELD_OUT_EVERY = 8
-#: Width of the column blocks of which only the upper triangle of a Gram matrix is computed.
-GRAM_BLOCK = 256
+#: Least width of the column blocks of which only the upper triangle of a Gram matrix is computed, and into
+#: how many a wide matrix is cut: each is a product of its own, and half of that on the diagonal is in vain.
+_GRAM_BLOCK, _GRAM_BLOCKS = 256, 8
+
+
+def gram_block(width: int) -> int:
+    """Columns of a Gram matrix ``(width, width)`` that are computed at a time."""
+    return max(_GRAM_BLOCK, -(-width // (_GRAM_BLOCKS * _GRAM_BLOCK)) * _GRAM_BLOCK)
 
 
 @dataclass
@@ -80,8 +86,9 @@ class InputStatistics:
             if isinstance(gram, SampledGram):
                 continue  # whole in every rank
             ranks.add(gram)  # where one rank has a block, the others have zeros
-            for i in range(GRAM_BLOCK, len(gram), GRAM_BLOCK):
-                gram[i:, i - GRAM_BLOCK : i] = gram[i - GRAM_BLOCK : i, i:].T
+            block = gram_block(len(gram))
+            for i in range(block, len(gram), block):
+                gram[i:, i - block : i] = gram[i - block : i, i:].T
         self.mean_abs /= max(self.tokens, 1)
 
     def sums(self) -> list[Tensor]:
@@ -113,8 +120,9 @@ def _add_gram(gram: Gram, x: Tensor, ranks: Ranks) -> None:
     if isinstance(gram, SampledGram):
         gram.add(x)
         return
-    for i in ranks.mine(range(0, len(gram), GRAM_BLOCK)):
-        gram[i : i + GRAM_BLOCK, i:].addmm_(x[:, i : i + GRAM_BLOCK].T, x[:, i:])
+    block = gram_block(len(gram))
+    for i in ranks.mine(range(0, len(gram), block)):
+        gram[i : i + block, i:].addmm_(x[:, i : i + block].T, x[:, i:])
 
 
 def split_sample(x: Tensor, index: int, count: int) -> Sequence[tuple[Tensor, bool]]:

@@ -7,7 +7,8 @@ that quantizing a weight to 4 bits does to the same values. docs/quality.md has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,23 @@ def propagation_dtype(option: str, dtype: torch.dtype | None, device: torch.devi
         return torch.bfloat16 if dtype == torch.float32 and fast_in_bfloat16(device) else None
     chosen: torch.dtype = getattr(torch, option)
     return None if chosen == dtype else chosen
+
+
+@contextmanager
+def gram_products(dtype: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices on a GPU may round their operands to TF32 within the block, by 2^-11, if
+    what is multiplied comes from products in ``dtype``, which are rounded more; None says that it does not.
+    A Gram matrix stays one: both operands are the same values, rounded alike."""
+    settings = torch.backends.cuda.matmul
+    if dtype is None or device.type != "cuda":
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 @dataclass

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from awqc.backend import Backend
-from awqc.observers.input_statistics import GRAM_BLOCK, InputStatistics
-from awqc.observers.products import RoundedLinear, propagation_dtype
+from awqc.observers.input_statistics import InputStatistics, gram_block
+from awqc.observers.products import RoundedLinear, gram_products, propagation_dtype
 from awqc.quantization.clipping import clipped_grid
 from awqc.quantization.loss import gram_blocks
 from awqc.quantization.rounding import ColumnGrid, compensated_codes, feedback, visiting_order
@@ -86,6 +86,10 @@ def measure(
     def taken(work: Callable[[], object]) -> float:
         return _taken(work, device)
 
+    def adding(x: Tensor) -> None:
+        with gram_products(propagation_dtype(propagate_dtype, torch.float32, device), device):
+            statistics.add(x, held_out=True)
+
     # Tokens move through memory, not through a cache: every call has an input that is not warm.
     inputs = itertools.cycle([normal(_ROWS, k) for _ in range(_INPUTS)])
     weight, few = normal(k, k), normal(_FEW, k)
@@ -109,7 +113,7 @@ def measure(
     read, written = _disk(folder)
     return Rates(
         flops=taken(lambda: weight @ weight) / (2 * k**3),
-        grams=taken(lambda: statistics.add(next(inputs), held_out=True)) / (_ROWS * k * (k + GRAM_BLOCK)),
+        grams=taken(lambda: adding(next(inputs))) / (_ROWS * k * (k + gram_block(k))),
         rounded=taken(lambda: moving(next(inputs), weight)) / (2 * _ROWS * k * k),
         moved=taken(lambda: next(inputs) * next(inputs)) / (3 * few.element_size() * _ROWS * k),
         streamed=taken(lambda: large * large) / (2 * large.nbytes),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from awqc.checkpoints import TensorFiles
-from awqc.checkpoints.tensors import read_header
+from awqc.checkpoints.tensors import SINGLE_FILE, read_header
 from awqc.errors import CheckpointError
 
 TENSORS = {
@@ -56,6 +56,18 @@ def test_every_tensor_is_found_with_its_header(tmp_path: Path, name: str) -> Non
         assert files.shape(tensor_name) == tuple(tensor.shape)
         assert files.dtype(tensor_name) == tensor.dtype
         assert torch.equal(files.get(tensor_name), tensor)
+
+
+def test_a_large_tensor_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("awqc.checkpoints.tensors._PART", 1000)
+    value = torch.randn(37, 53, generator=torch.Generator().manual_seed(0))
+    save_file({"first": torch.zeros(3), "large": value}, tmp_path / SINGLE_FILE)
+    files = TensorFiles(tmp_path)
+    assert torch.equal(files.read("large"), value)
+    with (tmp_path / SINGLE_FILE).open("r+b") as stream:
+        stream.truncate(stream.seek(0, 2) - 1500)  # after the header was read
+    with pytest.raises(CheckpointError, match="is truncated"):
+        files.read("large")
 
 
 def test_headers_alone_are_read_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
