@@ -103,6 +103,7 @@ def enforced(limit: MemoryLimit, device: torch.device) -> Iterator[None]:
     if device.type != "cuda" or limit.device is None:
         yield
         return
+    device = _indexed(device)
     before = torch.cuda.get_per_process_memory_fraction(device)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit.device / total), device)
