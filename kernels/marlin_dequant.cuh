@@ -8,36 +8,6 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
   return u64((address & 0x3FFFF) >> 4) | u64(1) << 16 | u64(64) << 32 | u64(1) << 62;
 }
 
-__device__ __forceinline__ u32 subtract2(u32 a, u32 b) {
-  u32 out;
-#if BF16
-  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-#else
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-#endif
-  return out;
-}
-
-__device__ __forceinline__ u32 multiply2(u32 a, u32 b) {
-  u32 out;
-#if BF16
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-#else
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-#endif
-  return out;
-}
-
-__device__ __forceinline__ u32 multiply_add2(u32 a, u32 b, u32 c) {
-  u32 out;
-#if BF16
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-#else
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-#endif
-  return out;
-}
-
 // A number in both halves of a register, in the dtype of the activations.
 __device__ __forceinline__ u32 twice(float value) { return from_float(value) * 0x10001u; }
 

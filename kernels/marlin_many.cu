@@ -49,12 +49,6 @@ __device__ __forceinline__ void place(int tile, int row_tiles, int token_tiles, 
   token = (group * ABREAST + within % width) * TOKENS;
 }
 
-// The compiler must not move what reads or changes sums before the wait in front of this.
-__device__ __forceinline__ void settle(float (&acc)[TOKENS / 2]) {
-#pragma unroll
-  for (int i = 0; i < TOKENS / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-}
-
 #if RESCALED
 // Sums in units of `own` become sums in units of the scales of `next`, unless those that there are were the last.
 __device__ __forceinline__ void change(float (&acc)[TOKENS / 2], float (&own)[2], const Packed& next, bool last) {
@@ -70,15 +64,6 @@ __device__ __forceinline__ void change(float (&acc)[TOKENS / 2], float (&own)[2]
   for (int i = 0; i < TOKENS / 2; ++i) acc[i] *= ratio[i >> 1 & 1];
 }
 #endif
-
-template <int N>
-__device__ __forceinline__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
-__device__ __forceinline__ void warpgroup_barrier(int group) {
-  asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
-}
 
 __device__ __forceinline__ float4 quad(const float (&acc)[TOKENS / 2], int q) {
   return make_float4(acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]);
@@ -151,17 +136,17 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       init_barrier(full + 8 * i, COPIERS);
       init_barrier(empty + 8 * i, CONSUMERS / 32);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;");
+  let_next_begin();
 
   if (threadIdx.x >= CONSUMERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    give_registers<56>();
     // One thread of each warp: copies are issued one at a time, and four threads wait for four of them at once.
     const int copier = (threadIdx.x - CONSUMERS) >> 5, half = copier & 1;
     if (threadIdx.x & 31) return;
-    if (copier >= 2) asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (copier >= 2) wait_for_previous();
     Walk walk(shares, own_share);
     Piece piece;
     int slot = 0;
@@ -190,8 +175,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     return;
   }
 
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");  // what the block was launched with, less those 56
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  take_registers<224>();  // what the block was launched with, less those 56
+  wait_for_previous();
   const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
   const u8* strips = ring + W_RING + (group * EACH * 4 + warp) * STRIP_BYTES;  // of the first stage, block and half
   u8* staged = ring + STAGED + group * 2 * CHUNK_BYTES;
@@ -231,11 +216,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         next.dequantize(operand);
 #endif
         if (unit + 1 < UNITS) next.load(stage + (unit + 1) % EACH * BLOCK_BYTES, (unit + 1) / EACH, lane);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        begin_products();
 #pragma unroll
         for (int s = 0; s < SET; ++s)
           wgmma(acc[b], operand[s], x + half * (X_HALF >> 4) + s * 2, step > piece.begin || half || s);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        commit_products();
         if (unit + 1 == UNITS && step + 1 < piece.end) {
           wait(full + 8 * slot, parity);
           next.load(strips + slot * W_STAGE, 0, lane);

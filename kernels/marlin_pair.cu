@@ -32,19 +32,19 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       init_barrier(full + 8 * i, COPIERS);
       init_barrier(empty + 8 * i, CONSUMERS / 32);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;");
+  let_next_begin();
 
   if (threadIdx.x >= CONSUMERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    give_registers<40>();
     const int copier = (threadIdx.x - CONSUMERS) >> 5;
     if (threadIdx.x & 31 || copier == COPIERS) return;
     const u32 bytes = copier ? X_HALF : BLOCK_BYTES;
     const u32 to = shared_address(ring) + (copier ? (copier - 1) * X_HALF : 2 * X_HALF);
     const u8* from = packed + (long(block) * k_blocks + k0) * BLOCK_BYTES;
-    if (copier) asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (copier) wait_for_previous();
     int slot = 0;
     u32 parity = 1;  // the first round of stages is free
     for (int step = 0; step < steps; ++step) {
@@ -58,8 +58,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       if (++slot == STAGES) slot = 0, parity ^= 1;
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");  // what the block was launched with, less those 40
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    take_registers<232>();  // what the block was launched with, less those 40
+    wait_for_previous();
     const int half = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     const int own = 2 * X_HALF + warp * STRIP_BYTES;
     float acc[TOKENS / 2];
@@ -74,16 +74,16 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       const u64 x = descriptor(shared_address(ring + slot * STAGE_BYTES) + half * X_HALF);
       const int done = slot;
       next.dequantize(a);
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+      begin_products();
 #pragma unroll
       for (int s = 0; s < SET; ++s) wgmma(acc, a[s], x + s * 2, step || s);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      commit_products();
       if (++slot == STAGES) slot = 0, parity ^= 1;
       if (step + 1 < steps) {
         wait(full + 8 * slot, parity);
         next.load(ring + slot * STAGE_BYTES + own, half, lane);
       }
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      wait_for_products<0>();
       if (lane == 0) arrive(empty + 8 * done);
     }
 

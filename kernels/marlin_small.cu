@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   };
   if (lane == 0) {
     for (int i = 0; i < DEPTH; ++i) init_barrier(full + 8 * i, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncwarp();
 #if SPLIT > 1
@@ -163,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #endif
   }
 #if HOPPER
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  let_next_begin();
+  wait_for_previous();
   for (int i = 0; i < DEPTH; ++i) {
     fill_x(i, ahead_x);
     ahead_x.advance(first, k1);

@@ -52,13 +52,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       init_barrier(full + 8 * i, COPIERS);
       init_barrier(empty + 8 * i, CONSUMERS / 32);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;");
+  let_next_begin();
 
   if (threadIdx.x >= CONSUMERS) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
+    give_registers<FEW_REGISTERS>();
     // One thread of each warp: copies are issued one at a time, and four threads wait for four of them at once.
     const int copier = (threadIdx.x - CONSUMERS) >> 5;
     if (threadIdx.x & 31) return;
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     const u32 to = shared_address(ring) + 2 * X_HALF + copier * BLOCK_BYTES;
     const u32 x_to = shared_address(ring) + half * X_HALF;
     const u8* from = packed + (long(block0 + copier) * k_blocks + k0) * BLOCK_BYTES;
-    if (activations) asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (activations) wait_for_previous();
     int slot = 0;
     u32 parity = 1;  // the first round of stages is free
     for (int step = 0; step < steps; ++step) {
@@ -81,8 +81,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       if (++slot == STAGES) slot = 0, parity ^= 1;
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    take_registers<REGISTERS>();
+    wait_for_previous();
     const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     const int own = 2 * X_HALF + (group * 4 + warp) * STRIP_BYTES;
     float acc[TOKENS / 2];
@@ -103,20 +103,20 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       for (int half = 0; half < 2; ++half) {
         next.dequantize(a[half]);
         if (half == 0) next.load(stage + own, 1, lane);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        begin_products();
 #pragma unroll
         for (int s = 0; s < SET; ++s) wgmma(acc, a[half][s], x + half * (X_HALF >> 4) + s * 2, step || half || s);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        commit_products();
         if (half == 1 && step + 1 < steps) {
           wait(full + 8 * slot, parity);
           next.load(ring + slot * STAGE_BYTES + own, 0, lane);
         }
         // The half before this one is done with its registers, and after a stage's first the stage before is free.
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        wait_for_products<1>();
         if (half == 0 && step && lane == 0) arrive(empty + 8 * done);
       }
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    wait_for_products<0>();
 
 #if CLUSTER
     // sums[where they come from][row][token]: each block has those of half of the tokens.

@@ -25,8 +25,12 @@ def compiled(file: str, entry: str, shared: str, **defines: int) -> ctypes.CDLL:
         shared: type of the shared memory that the file declares.
     """
     source = read_source(file)
-    # Instructions of GPUs are functions in one file, which has a twin for the host.
-    source = source.replace(read_source("marlin_ptx.cuh"), (_HERE / "host_ptx.h").read_text())
+    for kind in (
+        "ptx",
+        "bulk",
+        "wgmma",
+    ):  # files of a GPU's instructions as functions, with twins for the host
+        source = source.replace(read_source(f"marlin_{kind}.cuh"), (_HERE / f"host_{kind}.h").read_text())
     folder = Path(tempfile.mkdtemp())
     shim = (_HERE / "host_cuda.h").read_text()
     (folder / "kernels.cpp").write_text("\n".join((shim, source, entry)))
