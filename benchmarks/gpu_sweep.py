@@ -47,8 +47,8 @@ from kernels import GROUP, SHAPES, per_call, repeated, rotation, weight_of
 
 TOKENS = {
     "marlin": (1, 8, 16),
-    "wide": (512, 2048, 256, 32, 64, 128),
-    "wide-bf16": (512, 2048),
+    "wide": (512, 2048, 256, 128, 32, 64),
+    "wide-bf16": (512, 2048, 256, 8192),
     "exllama": (1, 2, 4, 8),
     "triton": (1, 16, 32),
 }
@@ -99,11 +99,10 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
     else:
         shipped = marlin_pair.tile(rows, columns, m, GROUP, 132, LIMIT)
         found[shipped or marlin_wide.tile(rows, columns, m, GROUP, 132, LIMIT)] = None
-    if m >= 256:
-        found |= dict.fromkeys(manies(rows, m))
-        found |= dict.fromkeys((Route("cublas"), Route("dequantized")))
+    if m >= 128:
+        found |= dict.fromkeys((Route("cublas"), *manies(rows, m), Route("dequantized")))
     for tokens in marlin_wide.TILE_TOKENS:
-        if tokens > 2 * m or m > 8 * tokens:
+        if tokens > 2 * m or m > 4 * tokens:
             continue
         for stages in (8, 6, 5, 4, 3, 2):
             pair = marlin_pair.PairTiling(tokens, stages)
@@ -123,13 +122,10 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
 
 def manies(rows: int, m: int) -> Iterator[marlin_many.ManyTiling]:
     """Tilings of ``marlin_many.cu`` for a weight of ``rows`` blocks of 64 rows."""
-    for (tokens, row_blocks), rescaled in product(((128, 4), (256, 2), (128, 2)), (False, True)):
-        tiles = -(-rows // row_blocks) * -(-m // tokens)
-        if tiles <= 24 * 132:
-            for shared in (False, True):
-                yield marlin_many.fitting(tokens, row_blocks, GROUP, LIMIT, shared=shared, rescaled=rescaled)
-        if row_blocks == 4 and 2 * tiles <= 132:
-            yield marlin_many.fitting(tokens, row_blocks, GROUP, LIMIT, cluster=True, rescaled=rescaled)
+    for tokens, form in product(reversed(marlin_many.TILE_TOKENS), ("whole", "shared", "cluster")):
+        tiling = marlin_many.fitting(tokens, form, GROUP, LIMIT)
+        if form != "cluster" or 2 * tiling.tiles(rows, m) <= 132:
+            yield tiling
 
 
 def blocks(n: int, k: int, m: int) -> list[Candidate]:

@@ -51,6 +51,14 @@ struct alignas(64) TensorMap {
   u64 words[16];
 };
 
+// So that the first copy does not have to wait for the map.
+__device__ __forceinline__ void fetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// What this thread wrote to shared memory is in order with the copies that others issue when they hear of it.
+__device__ __forceinline__ void hand_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // A box of a matrix, from column `channel` and row `token` on.
 __device__ __forceinline__ void copy_tensor(u32 to, const TensorMap* map, int channel, int token, u32 barrier) {
   asm volatile(

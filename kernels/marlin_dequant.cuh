@@ -48,27 +48,4 @@ struct Packed {
       for (int i = 0; i < 4; ++i) a[s][i] = multiply2(subtract2(a[s][i], offset[i & 1]), scale[i & 1]);
     }
   }
-
-  // The scale of row `i` of the lane's two, for groups of 128; 0 for one too small to divide by.
-  __device__ __forceinline__ float scale(int i) const {
-    const float found = scale_to_float(u16(scales[0] >> 16 * i));
-    return fabsf(found) < 0x1p-80f ? 0.f : found;
-  }
-
-  // As q - z, exact, for groups of 128; 0 where the scale is.
-  __device__ __forceinline__ void integers(u32 (&a)[SET][4]) const {
-    u32 kept[2], offset[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool there = scale(i) != 0.f;
-      kept[i] = there ? BF16 ? 0x3F803F80u : 0x3C003C00u : 0u;
-      offset[i] = there ? sixteen_and(u32(zeros[0]) >> 8 * i & 255u) | 0x80008000u : 0u;
-    }
-#pragma unroll
-    for (int s = 0; s < SET; ++s) {
-      unpack(a[s], s == 0 ? words.x : s == 1 ? words.y : s == 2 ? words.z : words.w);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[s][i] = multiply_add2(a[s][i], kept[i & 1], offset[i & 1]);
-    }
-  }
 };

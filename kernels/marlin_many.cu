@@ -1,43 +1,30 @@
 // y = W x + bias for many tokens, on Hopper's wgmma, by blocks that stay for as many tiles as they have time for.
 //
-// A tile is ROW_BLOCKS times 64 rows and TOKENS tokens. Two warpgroups have half of the rows each, dequantize them in
-// registers and multiply; a third copies, through a ring of STAGES stages of 128 channels, and runs ahead into the next
-// tile while the sums of this one leave through shared memory of their own. Which steps of which tiles a block has, says
-// marlin_share.cuh. Of a tile that several share, all but the first leave their sums in `partials` and raise a flag; the
-// first, which comes to it last, adds them in their order. Such a flag is `tag`, a number of 63 random bits, so nothing
-// has to be cleared before; who waited for it clears it. Blocks that are waited for have smaller numbers, and so begin
-// earlier. With CLUSTER blocks are two to a tile and a cluster, and each adds up half of the rows in shared memory.
-//
-// With RESCALED the products are those of the integers q - z, which are exact, and sums are kept in units of the scale
-// of the last group: from one group to the next they are multiplied by the ratio of the two. Scales below 2**-80 count
-// as 0. Macros: those of marlin_block.cuh, TOKENS (128 or 256), ROW_BLOCKS (2 or 4), STAGES, CLUSTER, RESCALED (for
-// GROUP 128).
+// A tile is 128 rows and TOKENS tokens. Two warpgroups have 64 rows each, dequantize them in registers and multiply; a
+// third copies, through a ring of STAGES stages of 128 channels, and runs ahead into the next tile while the sums of
+// this one leave through its last stage. Which steps of which tiles a block has, says marlin_share.cuh. Of a tile that
+// several share, all but the first leave their sums in `partials` and raise a flag; the first, which comes to it last,
+// adds them in their order. A raised flag is `tag`, a number of 63 random bits, so nothing has to be cleared before; who
+// waited for it clears it. Blocks that are waited for have smaller numbers, and so begin earlier. With CLUSTER blocks
+// are two to a tile and a cluster, and each adds up half of the tokens in shared memory. Macros: those of
+// marlin_block.cuh, TOKENS (128 or 256), STAGES, CLUSTER.
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
 #include "marlin_dequant.cuh"
 #include "marlin_share.cuh"
 #include "marlin_wgmma.cuh"
 
-constexpr int EACH = ROW_BLOCKS / 2;  // blocks of 64 rows of a warpgroup
-constexpr int UNITS = 2 * EACH;       // what a warpgroup dequantizes and multiplies at a time: 64 rows, 64 channels
+constexpr int ROW_BLOCKS = 2;  // of 64 rows, one for each warpgroup that multiplies
 constexpr int BLOCK_BYTES = 4 * STRIP_BYTES;
-constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels
+constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels, and of sums of 64 rows when they leave
 constexpr int W_STAGE = ROW_BLOCKS * BLOCK_BYTES;
-constexpr int CONSUMERS = 256;
-constexpr int COPIERS = 4;       // for halves of the weights, and for halves of the activations
-constexpr int CHUNK = 16;        // tokens that leave at a time
-constexpr int CHUNK_BYTES = CHUNK * 128;
-constexpr int QUADS = TOKENS / 8;   // of a thread's sums of 64 rows
+constexpr int CONSUMERS = 128 * ROW_BLOCKS;
+constexpr int COPIERS = 4;  // for the blocks of weights, and for the halves of the activations
+constexpr int FEW_REGISTERS = 56, REGISTERS = 224;  // of those who copy, and of those who multiply
+constexpr int SUMS = TOKENS / 2;        // of a thread
 constexpr int ABREAST = 2048 / TOKENS;  // tiles of tokens that go through the rows together
-// Where things lie in shared memory: activations, weights, sums that leave, barriers.
-constexpr int W_RING = STAGES * 2 * X_HALF, STAGED = W_RING + STAGES * W_STAGE, FULL = STAGED + 4 * CHUNK_BYTES;
-constexpr int EMPTY = FULL + 8 * STAGES;
-#if CLUSTER && ROW_BLOCKS != 4
-#error "each block of a cluster sums half of the rows of a warpgroup"
-#endif
-#if RESCALED && GROUP != 128
-#error "a step has one scale a row"
-#endif
+// Where things lie in shared memory: activations, weights, barriers.
+constexpr int W_RING = STAGES * 2 * X_HALF, FULL = W_RING + STAGES * W_STAGE, EMPTY = FULL + 8 * STAGES;
 
 extern __shared__ __align__(1024) u8 shared[];
 
@@ -49,55 +36,32 @@ __device__ __forceinline__ void place(int tile, int row_tiles, int token_tiles, 
   token = (group * ABREAST + within % width) * TOKENS;
 }
 
-#if RESCALED
-// Sums in units of `own` become sums in units of the scales of `next`, unless those that there are were the last.
-__device__ __forceinline__ void change(float (&acc)[TOKENS / 2], float (&own)[2], const Packed& next, bool last) {
-  float ratio[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float now = last ? own[i] : next.scale(i);
-    ratio[i] = now == 0.f ? 1.f : __fdividef(own[i], now);
-    own[i] = now == 0.f ? own[i] : now;
-  }
-  settle(acc);
-#pragma unroll
-  for (int i = 0; i < TOKENS / 2; ++i) acc[i] *= ratio[i >> 1 & 1];
-}
-#endif
-
-__device__ __forceinline__ float4 quad(const float (&acc)[TOKENS / 2], int q) {
+__device__ __forceinline__ float4 quad(const float* acc, int q) {
   return make_float4(acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]);
 }
 
-// What a thread has of 64 rows, as float4: `lanes` threads side by side.
-__device__ __forceinline__ void leave(float4* to, int lanes, const float (&acc)[TOKENS / 2]) {
+template <int COUNT>
+__device__ __forceinline__ void add(float* acc, const float4* from) {
 #pragma unroll
-  for (int q = 0; q < QUADS; ++q)
-    __stcg(to + q * lanes, quad(acc, q));
-}
-
-__device__ __forceinline__ void add(float (&acc)[TOKENS / 2], const float4* from, int lanes) {
-#pragma unroll
-  for (int q = 0; q < QUADS; ++q) {
-    const float4 other = from[q * lanes];
+  for (int q = 0; q < COUNT / 4; ++q) {
+    const float4 other = from[q * CONSUMERS];
     acc[4 * q] += other.x, acc[4 * q + 1] += other.y, acc[4 * q + 2] += other.z, acc[4 * q + 3] += other.w;
   }
 }
 
-// Rows `row0` to `row0` + 63 of y from a warpgroup's sums, 16 tokens at a time through shared memory, where rows of a
-// token come to lie side by side.
-__device__ __forceinline__ void store(const float (&acc)[TOKENS / 2], u8* staged, u16* y, const u16* bias, int row0,
-                                      int token0, int tokens, int n, int group) {
+// Rows `row0` to `row0` + 63 of y from a warpgroup's sums, through shared memory, where rows of a token come to lie side
+// by side: 128 bytes a token, in swizzled pieces of 16.
+template <int COUNT>
+__device__ __forceinline__ void store(const float* acc, u8* staged, u16* y, const u16* bias, int row0, int token0,
+                                      int tokens, int n, int group) {
   const int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31;
   const int own = row0 + warp * 16 + (lane >> 2);
   const float low = bias && own < n ? to_float(bias[own]) : 0.f;
   const float high = bias && own + 8 < n ? to_float(bias[own + 8]) : 0.f;
-  const int in = (lane >> 4) * 8 + (lane & 7), out = thread >> 3, row = row0 + (thread & 7) * 8;
-  // Pieces of 16 bytes, 8 rows, are swizzled.
+  const int in = (lane >> 4) * 8 + (lane & 7);
   const u32 to = shared_address(staged) + in * 128 + ((warp * 2 + (lane >> 3 & 1)) ^ (in & 7)) * 16;
-  const u8* from = staged + out * 128 + ((thread & 7) ^ (out & 7)) * 16;
 #pragma unroll
-  for (int c = 0; c < TOKENS / CHUNK; ++c) {
+  for (int c = 0; c < COUNT / 8; ++c) {  // 16 tokens
     const float* sums = acc + 8 * c;
     u32 pairs[4];
 #pragma unroll
@@ -105,17 +69,20 @@ __device__ __forceinline__ void store(const float (&acc)[TOKENS / 2], u8* staged
       const float shift = i & 1 ? high : low;
       pairs[i] = from_float(sums[2 * i] + shift) | u32(from_float(sums[2 * i + 1] + shift)) << 16;
     }
-    store_transposed(to + (c & 1) * CHUNK_BYTES, pairs);
-    warpgroup_barrier(group);
-    const int token = token0 + c * CHUNK + out;
-    if (token >= tokens || row >= n) continue;
-    const u8* eight = from + (c & 1) * CHUNK_BYTES;
-    u16* at = y + long(token) * n + row;
+    store_transposed(to + c * 2048, pairs);
+  }
+  warpgroup_barrier(group);
+  const int row = row0 + (thread & 7) * 8;
+  if (row >= n) return;
+  const int first = thread >> 3, end = min(COUNT * 2, tokens - token0);
+  const u8* from = staged + first * 128 + ((thread & 7) ^ (first & 7)) * 16;
+  u16* at = y + long(token0 + first) * n + row;
+#pragma unroll 8
+  for (int token = first; token < end; token += 16, from += 2048, at += 16 * n) {
     if (n % 8 == 0) {
-      *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(eight);
+      *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
     } else {
-#pragma unroll 1
-      for (int i = 0; i < min(8, n - row); ++i) at[i] = reinterpret_cast<const u16*>(eight)[i];
+      for (int i = 0; i < min(8, n - row); ++i) at[i] = reinterpret_cast<const u16*>(from)[i];
     }
   }
 }
@@ -137,12 +104,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       init_barrier(empty + 8 * i, CONSUMERS / 32);
     }
     publish_barriers();
+    fetch_map(&x_map);
   }
   __syncthreads();
   let_next_begin();
 
   if (threadIdx.x >= CONSUMERS) {
-    give_registers<56>();
+    give_registers<FEW_REGISTERS>();
     // One thread of each warp: copies are issued one at a time, and four threads wait for four of them at once.
     const int copier = (threadIdx.x - CONSUMERS) >> 5, half = copier & 1;
     if (threadIdx.x & 31) return;
@@ -154,17 +122,17 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     while (walk.next(piece)) {
       int block, token0;
       place(piece.tile, row_tiles, token_tiles, block, token0);
-      block += half * EACH;
-      const int there = max(0, min(EACH, row_blocks - block));
+      block += half;
+      const u32 weight_bytes = block < row_blocks ? BLOCK_BYTES : 0;
       const u8* from = packed + long(block) * k_blocks * BLOCK_BYTES;
       for (int step = piece.begin; step < piece.end; ++step) {
         const u32 barrier = full + 8 * slot;
         wait(empty + 8 * slot, parity);
         if (copier < 2) {
-          expect(barrier, there * BLOCK_BYTES);
-          for (int b = 0; b < there; ++b)
-            copy_bulk(base + W_RING + slot * W_STAGE + (half * EACH + b) * BLOCK_BYTES,
-                      from + (long(b) * k_blocks + step) * BLOCK_BYTES, BLOCK_BYTES, barrier);
+          expect(barrier, weight_bytes);
+          if (weight_bytes)
+            copy_bulk(base + W_RING + slot * W_STAGE + half * BLOCK_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES,
+                      barrier);
         } else {
           expect(barrier, X_HALF);
           copy_tensor(base + (2 * slot + half) * X_HALF, &x_map, step * 128 + half * 64, token0, barrier);
@@ -175,12 +143,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     return;
   }
 
-  take_registers<224>();  // what the block was launched with, less those 56
+  take_registers<REGISTERS>();
   wait_for_previous();
   const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
-  const u8* strips = ring + W_RING + (group * EACH * 4 + warp) * STRIP_BYTES;  // of the first stage, block and half
-  u8* staged = ring + STAGED + group * 2 * CHUNK_BYTES;
-  float acc[EACH][TOKENS / 2];
+  const u8* strips = ring + W_RING + group * BLOCK_BYTES + warp * STRIP_BYTES;  // those of the first stage
+  float acc[SUMS];
   u32 a[2][SET][4];
   Packed next;
   Walk walk(shares, own_share);
@@ -188,17 +155,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   int slot = 0;
   u32 parity = 0;
   while (walk.next(piece)) {
-#if RESCALED
-    float unit_of[EACH][2];  // in which sums are, for the thread's two rows
-#pragma unroll
-    for (int b = 0; b < EACH; ++b) unit_of[b][0] = unit_of[b][1] = 1.f;
-#endif
     int before = slot;
     wait(full + 8 * slot, parity);
     next.load(strips + slot * W_STAGE, 0, lane);
-#if RESCALED
-    change(acc[0], unit_of[0], next, false);
-#endif
 #pragma unroll 1
     for (int step = piece.begin; step < piece.end; ++step) {
       const u8* stage = strips + slot * W_STAGE;
@@ -207,71 +166,51 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       before = slot;
       if (++slot == STAGES) slot = 0, parity ^= 1;
 #pragma unroll
-      for (int unit = 0; unit < UNITS; ++unit) {
-        const int half = unit / EACH, b = unit % EACH;
-        u32(&operand)[SET][4] = a[unit & 1];
-#if RESCALED
-        next.integers(operand);
-#else
-        next.dequantize(operand);
-#endif
-        if (unit + 1 < UNITS) next.load(stage + (unit + 1) % EACH * BLOCK_BYTES, (unit + 1) / EACH, lane);
+      for (int half = 0; half < 2; ++half) {
+        next.dequantize(a[half]);
+        if (half == 0) next.load(stage, 1, lane);
         begin_products();
 #pragma unroll
         for (int s = 0; s < SET; ++s)
-          wgmma(acc[b], operand[s], x + half * (X_HALF >> 4) + s * 2, step > piece.begin || half || s);
+          wgmma(acc, a[half][s], x + half * (X_HALF >> 4) + s * 2, step > piece.begin || half || s);
         commit_products();
-        if (unit + 1 == UNITS && step + 1 < piece.end) {
+        if (half == 1 && step + 1 < piece.end) {
           wait(full + 8 * slot, parity);
           next.load(strips + slot * W_STAGE, 0, lane);
         }
-        // The unit before this one is done with its registers, and after a stage's first the stage before is free.
-        const int following = (unit + 1) % UNITS;
-        if (RESCALED && following == 0)
-          wait_for_products<0>();
-        else
-          wait_for_products<1>();
-        if (unit == 0) arrive_if(step > piece.begin && lane == 0, empty + 8 * done);
-#if RESCALED
-        // Of the sums that the next unit adds to, no product is under way; before the first they are not read.
-        if (following < EACH) change(acc[following], unit_of[following], next, following == 0 && step + 1 == piece.end);
-#endif
+        // The half before this one is done with its registers, and after a stage's first the stage before is free.
+        wait_for_products<1>();
+        if (half == 0) arrive_if(step > piece.begin && lane == 0, empty + 8 * done);
       }
     }
     wait_for_products<0>();
-    arrive_if(lane == 0, empty + 8 * before);
-#pragma unroll
-    for (int b = 0; b < EACH; ++b) {
-      settle(acc[b]);
-#if RESCALED
-#pragma unroll
-      for (int i = 0; i < TOKENS / 2; ++i) acc[b][i] *= unit_of[b][i >> 1 & 1];
-#endif
-    }
+    settle(acc);
     int block, token0;
     place(piece.tile, row_tiles, token_tiles, block, token0);
-    block += group * EACH;
+    const int row0 = (block + group) * 64;
 
 #if CLUSTER
-    // A block adds up those rows of each warpgroup that are its rank's, and passes the others on.
+    // Each block adds up the sums of half of the tokens, and passes the others on.
     const int rank = own_share & 1;
-    float4* sums = reinterpret_cast<float4*>(ring) + threadIdx.x;
+    float4* sums = reinterpret_cast<float4*>(ring);
     cluster_barrier();  // the ring of the other one has served
 #pragma unroll
-    for (int q = 0; q < QUADS; ++q)
-      store4_at_rank(sums + q * CONSUMERS, 1 - rank, rank ? quad(acc[0], q) : quad(acc[1], q));
+    for (int q = 0; q < SUMS / 8; ++q)
+      store4_at_rank(sums + q * CONSUMERS + threadIdx.x, 1 - rank, rank ? quad(acc, q) : quad(acc + SUMS / 2, q));
     cluster_barrier();
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; ++i) acc[0][i] = rank ? acc[1][i] : acc[0][i];
-    add(acc[0], sums, CONSUMERS);
-    store(acc[0], staged, y, bias, (block + rank) * 64, token0, tokens, n, group);
+    for (int i = 0; i < SUMS / 2; ++i) acc[i] = rank ? acc[SUMS / 2 + i] : acc[i];
+    add<SUMS / 2>(acc, sums + threadIdx.x);
+    u8* staged = ring + SUMS / 2 * CONSUMERS * 4 + group * X_HALF / 2;
+    store<SUMS / 2>(acc, staged, y, bias, row0, token0 + rank * TOKENS / 2, tokens, n, group);
 #else
-    // A share's part: [row block][quad][thread].
-    constexpr int PART = EACH * QUADS * CONSUMERS;
+    // A part: [quad][thread].
+    float4* parts = partials + threadIdx.x;
+    constexpr int PART = SUMS / 4 * CONSUMERS;
     if (piece.begin > 0) {
+      arrive_if(lane == 0, empty + 8 * before);
 #pragma unroll
-      for (int b = 0; b < EACH; ++b)
-        leave(partials + long(own_share) * PART + b * QUADS * CONSUMERS + threadIdx.x, CONSUMERS, acc[b]);
+      for (int q = 0; q < SUMS / 4; ++q) __stcg(parts + long(own_share) * PART + q * CONSUMERS, quad(acc, q));
       warpgroup_barrier(group);
       if ((threadIdx.x & 127) == 0) raise(flags + own_share * 2 + group, tag);
       continue;
@@ -282,13 +221,14 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         if (shares.first(other) == shares.first(other + 1)) continue;
         if ((threadIdx.x & 127) == 0) await(flags + other * 2 + group, tag);
         warpgroup_barrier(group);
-#pragma unroll
-        for (int b = 0; b < EACH; ++b)
-          add(acc[b], partials + long(other) * PART + b * QUADS * CONSUMERS + threadIdx.x, CONSUMERS);
+        add<SUMS>(acc, parts + long(other) * PART);
       }
     }
-#pragma unroll
-    for (int b = 0; b < EACH; ++b) store(acc[b], staged, y, bias, (block + b) * 64, token0, tokens, n, group);
+    warpgroups_barrier<CONSUMERS>();  // the last stage has served both
+    store<SUMS>(acc, ring + (2 * before + group) * X_HALF, y, bias, row0, token0, tokens, n, group);
+    hand_to_copies();
+    __syncwarp();
+    arrive_if(lane == 0, empty + 8 * before);
 #endif
   }
 }

@@ -6,6 +6,7 @@ import functools
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,49 +20,51 @@ from awqc.kernels.marlin_stream import aligned
 
 #: Threads of a block: two warpgroups that multiply, and one that copies.
 _THREADS = 384
-#: Threads that multiply.
-_CONSUMERS = 256
-#: Bytes for the alignment of a block's shared memory, and of the sums that leave it: 16 tokens, twice, of two
-#: warpgroups with 64 rows of 2 bytes.
-_ALIGNMENT, _STAGED = 1024, 4 * 16 * 128
-#: Tokens whose tiles go through the rows together.
-_ABREAST = 2048
+#: Blocks of 64 rows of a tile.
+_ROW_BLOCKS = 2
+#: Tokens of a tile.
+TILE_TOKENS = (128, 256)
+#: Bytes for the alignment of a block's shared memory.
+_ALIGNMENT = 1024
 #: What a raised flag holds. Whatever lay in its place before is something else, but for one case in 2**63.
 _TAG = secrets.randbits(63)
 
 
 @dataclass(frozen=True)
 class ManyTiling:
-    """How ``marlin_many.cu`` cuts a product; the names are those of its macros.
+    """How ``marlin_many.cu`` cuts a product; the names of the first two are those of its macros.
 
     Args:
-        tokens: of a tile, 128 or 256.
-        row_blocks: of 64 rows of a tile, 2 or 4; 4 only with 128 tokens.
+        tokens: of a tile.
         stages: of 128 channels in flight.
-        shared: whether blocks share tiles, so that all have as much to do.
-        cluster: whether two blocks, of a cluster, share every tile; then ``shared`` does not count.
-        rescaled: whether products are of integers, and sums change their unit from group to group of 128.
+        form: ``whole``: a tile has one block; ``shared``: several, where that gives all blocks as much to do;
+            ``cluster``: two, of one cluster.
     """
 
     tokens: int
-    row_blocks: int
     stages: int
-    shared: bool
-    cluster: bool
-    rescaled: bool
+    form: str
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return 2 if self.form == "cluster" else 1
 
     def shared_bytes(self, group: int) -> int:
-        """Shared memory of a block: the ring, sums that leave, barriers."""
-        weights = self.row_blocks * layout.STRIPS * layout.strip_bytes(group)
-        stage = self.tokens * 2 * layout.CHANNELS + weights
-        return _ALIGNMENT + self.stages * stage + _STAGED + 16 * self.stages
+        """Shared memory of a block: the ring, and barriers."""
+        weights = _ROW_BLOCKS * layout.STRIPS * layout.strip_bytes(group)
+        return _ALIGNMENT + self.stages * (self.tokens * 2 * layout.CHANNELS + weights + 16)
+
+    def tiles(self, row_blocks: int, tokens: int) -> int:
+        """Tiles of ``row_blocks`` blocks of 64 rows and ``tokens`` tokens."""
+        return -(-row_blocks // _ROW_BLOCKS) * -(-tokens // self.tokens)
 
     def shares(self, row_blocks: int, columns: int, tokens: int, processors: int) -> Shares:
         """Who does what of a weight of ``row_blocks`` by ``columns`` blocks with ``tokens`` tokens."""
-        tiles = -(-row_blocks // self.row_blocks) * -(-tokens // self.tokens)
-        if self.cluster:
+        tiles = self.tiles(row_blocks, tokens)
+        if self.form == "cluster":
             return Shares(2 * tiles, 0, tiles, columns)
-        if not self.shared:
+        if self.form == "whole":
             blocks = min(processors, tiles)
             return Shares(blocks, -(-tiles // blocks), tiles, columns)
         if 2 * tiles <= processors:
@@ -123,30 +126,46 @@ class Shares:
 
     def workspace(self, tiling: ManyTiling) -> int:
         """Bytes for a part of each block, and its flags after them; 0 where nothing is joined."""
-        if tiling.cluster or not self.joins:
+        if tiling.form == "cluster" or not self.joins:
             return 0
-        return self.blocks * (tiling.row_blocks * layout.ROWS * tiling.tokens * 4 + 2 * 8)
+        return self.blocks * (_ROW_BLOCKS * layout.ROWS * tiling.tokens * 4 + 2 * 8)
 
 
-def fitting(
-    tokens: int,
-    row_blocks: int,
-    group: int,
-    limit: int,
-    *,
-    shared: bool = False,
-    cluster: bool = False,
-    rescaled: bool = False,
-) -> ManyTiling:
+def fitting(tokens: int, form: str, group: int, limit: int) -> ManyTiling:
     """The tiling with as many stages as fit into ``limit`` bytes of shared memory."""
-    return next(
-        tiling
-        for stages in (6, 5, 4, 3, 2)
-        if (
-            tiling := ManyTiling(tokens, row_blocks, stages, shared, cluster, rescaled and group == 128)
-        ).shared_bytes(group)
-        <= limit
-    )
+    tilings = (ManyTiling(tokens, stages, form) for stages in (6, 5, 4, 3, 2))
+    return next(tiling for tiling in tilings if tiling.shared_bytes(group) <= limit)
+
+
+def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int, limit: int) -> ManyTiling:
+    """How to cut the product of a weight of ``row_blocks`` by ``columns`` blocks with ``tokens`` tokens.
+
+    Args:
+        processors: multiprocessors of the device; each takes one block of the grid at a time.
+        limit: bytes of shared memory that a block may have.
+    """
+    found = []
+    for size, form in product(reversed(TILE_TOKENS), ("whole", "cluster", "shared")):
+        tiling = fitting(size, form, group, limit)
+        tiles = tiling.tiles(row_blocks, tokens)
+        if form != "cluster" or (2 * tiles <= processors and columns > 1):
+            found.append((_cost(tiling, tiles, columns, processors), tiling))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _cost(tiling: ManyTiling, tiles: int, columns: int, processors: int) -> float:
+    """About how many microseconds it takes, from what was measured on an H200 (docs/kernels.md)."""
+    step = 1.25 if tiling.tokens == 256 else 0.75
+    waves = -(-tiles // processors)
+    if tiling.form == "whole":
+        return waves * (step * columns + 1.5) + 1.5
+    if tiling.form == "cluster":
+        return step * -(-columns // 2) + 6
+    # Blocks are at different channels, so that less of what they read is in the cache for the others.
+    most = tiles * columns / min(processors, tiles * columns)
+    if 2 * tiles <= processors:
+        most = -(-columns // (processors // tiles))
+    return step * most * 1.1 + 9
 
 
 @functools.cache
@@ -169,7 +188,7 @@ def many(
         "128sPPPPPqiiiiii",
         device,
         shared=tiling.shared_bytes(group),
-        cluster=2 if tiling.cluster else 1,
+        cluster=tiling.cluster,
         dependent=True,
         **_macros(tiling, group, dtype, bfloat16_scales),
     )
@@ -181,10 +200,8 @@ def _macros(tiling: ManyTiling, group: int, dtype: torch.dtype, bfloat16_scales:
         "SCALE_BF16": int(bfloat16_scales),
         "GROUP": group,
         "TOKENS": tiling.tokens,
-        "ROW_BLOCKS": tiling.row_blocks,
         "STAGES": tiling.stages,
-        "CLUSTER": int(tiling.cluster),
-        "RESCALED": int(tiling.rescaled),
+        "CLUSTER": int(tiling.form == "cluster"),
     }
 
 
@@ -209,7 +226,7 @@ def describe(
             grid=(shares.blocks,),
             block=(_THREADS,),
             shared=tiling.shared_bytes(group),
-            cluster=2 if tiling.cluster else 1,
+            cluster=tiling.cluster,
             config=asdict(tiling) | {"waves": shares.waves},
             code=CudaCode("marlin_many.cu", "many", _macros(tiling, group, rows.dtype, bfloat16_scales)),
         )

@@ -51,16 +51,6 @@ __device__ __forceinline__ u32 multiply2(u32 a, u32 b) {
   return out;
 }
 
-__device__ __forceinline__ u32 multiply_add2(u32 a, u32 b, u32 c) {
-  u32 out;
-#if BF16
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-#else
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
-#endif
-  return out;
-}
-
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 // Four matrices of 8 rows of 16 bytes: lanes 8 i to 8 i + 7 name the rows of the i-th.

@@ -92,8 +92,6 @@ static uint32_t __funnelshift_r(uint32_t low, uint32_t high, int by) {
 }
 template <class T> static void __stcg(T* p, T value) { *p = value; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-static float __fdividef(float a, float b) { return a / b; }
-static float fabsf(float x) { return __builtin_fabsf(x); }
 static float __expf(float x) { return __builtin_expf(x); }
 static float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 static int min(int a, int b) { return a < b ? a : b; }

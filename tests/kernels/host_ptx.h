@@ -21,17 +21,12 @@ static u16 from_float(float value) {
 #endif
 }
 
-// Two numbers of the activations' dtype at a time; a float holds all that is between.
-static u32 multiply_add2(u32 a, u32 b, u32 c) {
-  u32 out = 0;
-  for (int i = 0; i < 32; i += 16) {
-    const float exact = element(u16(a >> i)) * element(u16(b >> i));
-    out |= u32(from_float(exact + element(u16(c >> i)))) << i;
-  }
-  return out;
+// Two numbers of the activations' dtype at a time; a float holds what is between.
+template <class F> static u32 in_pairs(u32 a, u32 b, F f) {
+  return from_float(f(element(u16(a)), element(u16(b)))) | u32(from_float(f(element(u16(a >> 16)), element(u16(b >> 16))))) << 16;
 }
-static u32 subtract2(u32 a, u32 b) { return multiply_add2(a, BF16 ? 0x3F803F80u : 0x3C003C00u, b ^ 0x80008000u); }
-static u32 multiply2(u32 a, u32 b) { return multiply_add2(a, b, 0x80008000u); }
+static u32 subtract2(u32 a, u32 b) { return in_pairs(a, b, [](float x, float y) { return x - y; }); }
+static u32 multiply2(u32 a, u32 b) { return in_pairs(a, b, [](float x, float y) { return x * y; }); }
 
 static u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 

@@ -53,5 +53,6 @@ template <int N> static void wait_for_products() {
 }
 static void settle(float (&)[TOKENS / 2]) {}
 
-static Barrier warpgroups[MOST_THREADS / 128];
+static Barrier warpgroups[MOST_THREADS / 128], multiplying;
 static void warpgroup_barrier(int group) { warpgroups[group].wait(128); }
+template <int THREADS> static void warpgroups_barrier() { multiplying.wait(THREADS); }

@@ -14,12 +14,12 @@ from torch import Tensor
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels import nvrtc
 from awqc.kernels.cuda_launch import read_source
-from awqc.kernels.marlin_many import Shares, fitting, multiply
+from awqc.kernels.marlin_many import TILE_TOKENS, Shares, fitting, multiply
+from awqc.kernels.marlin_many import tile as cut
 from awqc.kernels.qlinear import dequantize
 from tests.kernels.on_host import COMPILER
 
 LIMIT = 227 << 10
-TILES = [(128, 4), (256, 2), (128, 2)]
 #: Blocks, waves, tiles, steps: more tiles than blocks and fewer, shares within a tile, of none, of one step.
 SHARES = [
     *product((1, 3, 7), (0, 1, 2), (1, 2, 5, 8, 15), (1, 2, 7)),
@@ -91,60 +91,69 @@ def test_the_kernel_has_the_same_pieces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize(("tokens", "row_blocks"), TILES)
-def test_every_tiling_fits(tokens: int, row_blocks: int, group: int) -> None:
-    for shared, cluster in ((False, False), (True, False), *([(False, True)] if row_blocks == 4 else [])):
-        tiling = fitting(tokens, row_blocks, group, LIMIT, shared=shared, cluster=cluster)
-        assert tiling.shared_bytes(group) <= LIMIT
-        # What a block of a cluster gets from the other one lies in its ring of activations.
-        assert not cluster or tiling.stages * tokens * 256 >= 64 * tokens * 2 * 4
-        for rows, columns, m in (
-            (64, 32, 512),
-            (224, 32, 512),
-            (7, 3, 700),
-            (64, 112, 2048),
-            (2004, 32, 300),
-        ):
-            if cluster and rows * m > 64 * 512:
-                continue
-            shares = tiling.shares(rows, columns, m, 132)
-            assert shares.blocks <= 132
-            tiles = -(-rows // row_blocks) * -(-m // tokens)
-            work = [sum(end - begin for _, begin, end in shares.pieces(b)) for b in range(shares.blocks)]
-            assert sum(work) == tiles * columns
-            if shared:
-                assert max(work) - min(work) <= 1 or tiles % shares.blocks == 0
-            part = row_blocks * 64 * tokens * 4 + 16
-            assert shares.workspace(tiling) == (shares.blocks * part if shares.joins and not cluster else 0)
+@pytest.mark.parametrize("tokens", TILE_TOKENS)
+@pytest.mark.parametrize("form", ["whole", "shared", "cluster"])
+def test_every_tiling_fits(tokens: int, form: str, group: int) -> None:
+    tiling = fitting(tokens, form, group, LIMIT)
+    assert tiling.shared_bytes(group) <= LIMIT
+    assert tiling.stages >= 3
+    for rows, columns, m in ((64, 32, 512), (224, 32, 512), (7, 3, 700), (64, 112, 2048), (2004, 32, 300)):
+        tiles = tiling.tiles(rows, m)
+        if form == "cluster" and tiles > 66:
+            continue
+        shares = tiling.shares(rows, columns, m, 132)
+        assert shares.blocks <= 132
+        work = [sum(end - begin for _, begin, end in shares.pieces(b)) for b in range(shares.blocks)]
+        assert sum(work) == tiles * columns
+        if form != "whole":
+            assert max(work) - min(work) <= 1 or tiles % shares.blocks == 0
+        part = 128 * tokens * 4 + 16
+        assert shares.workspace(tiling) == (shares.blocks * part if shares.joins and form == "shared" else 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "expected"),
+    [
+        (64, 32, 512, (256, "cluster")),
+        (64, 32, 2048, (256, "whole")),
+        (224, 32, 256, (256, "whole")),
+        (224, 32, 2048, (256, "whole")),
+        (64, 112, 512, (256, "cluster")),
+        (128, 224, 512, (256, "whole")),
+        (64, 32, 256, (128, "cluster")),
+        (64, 1, 256, (128, "whole")),  # nothing to share
+    ],
+)
+def test_how_products_are_cut(rows: int, columns: int, tokens: int, expected: tuple[int, str]) -> None:
+    tiling = cut(rows, columns, tokens, 128, 132, LIMIT)
+    assert (tiling.tokens, tiling.form) == expected
 
 
 @pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
 @pytest.mark.parametrize("bfloat16", [0, 1])
-@pytest.mark.parametrize(("tokens", "row_blocks"), TILES)
-def test_the_kernel_compiles_without_spills_and_waits(tokens: int, row_blocks: int, bfloat16: int) -> None:
+@pytest.mark.parametrize("tokens", TILE_TOKENS)
+@pytest.mark.parametrize("cluster", [0, 1])
+def test_the_kernel_compiles_without_spills_and_waits(tokens: int, cluster: int, bfloat16: int) -> None:
     """The compiler says so when it has to wait for each matrix product, or to keep registers in memory."""
     flags = ["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"]
-    for group, scales, rescaled in ((32, 1, 0), (64, 0, 0), (128, 1, 0), (128, 0, 1), (128, 1, 1)):
-        for cluster in (0, 1) if row_blocks == 4 else (0,):
-            tiling = fitting(tokens, row_blocks, group, LIMIT)
-            defines = {"BF16": bfloat16, "SCALE_BF16": scales, "GROUP": group, "TOKENS": tokens}
-            defines |= {
-                "ROW_BLOCKS": row_blocks,
-                "STAGES": tiling.stages,
-                "CLUSTER": cluster,
-                "RESCALED": rescaled,
-            }
-            options = [*flags, *(f"-D{key}={value}" for key, value in defines.items())]
-            _, log = nvrtc.compile_with_log(read_source("marlin_many.cu"), options, "marlin_many.cu")
-            assert "Potential Performance Loss" not in log
-            assert "0 bytes spill stores" in log
+    for group, scales in ((32, 1), (64, 0), (128, 1), (128, 0)):
+        defines = {
+            "BF16": bfloat16,
+            "SCALE_BF16": scales,
+            "GROUP": group,
+            "TOKENS": tokens,
+            "CLUSTER": cluster,
+        }
+        defines["STAGES"] = fitting(tokens, "whole", group, LIMIT).stages
+        options = [*flags, *(f"-D{key}={value}" for key, value in defines.items())]
+        _, log = nvrtc.compile_with_log(read_source("marlin_many.cu"), options, "marlin_many.cu")
+        assert "Potential Performance Loss" not in log
+        assert "0 bytes spill stores" in log
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "row_blocks"), TILES)
-@pytest.mark.parametrize(
-    "form", ["whole", "shared", "cluster", "rescaled", "rescaled shared", "rescaled cluster"]
-)
+@pytest.mark.parametrize("tokens", TILE_TOKENS)
+@pytest.mark.parametrize("form", ["whole", "shared", "cluster"])
 @pytest.mark.parametrize(
     ("n", "k", "m", "group", "dtype"),
     [
@@ -155,18 +164,12 @@ def test_the_kernel_compiles_without_spills_and_waits(tokens: int, row_blocks: i
         (1001, 1000, 2300, 64, torch.float16),
     ],
 )
-def test_products(
-    n: int, k: int, m: int, group: int, form: str, tokens: int, row_blocks: int, dtype: torch.dtype
-) -> None:
+def test_products(n: int, k: int, m: int, group: int, form: str, tokens: int, dtype: torch.dtype) -> None:
     """Against float64, with a bias and scales that differ much or are zero; the same bits every time."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs compute capability 9.0")
-    options = dict.fromkeys(form.split(), True)
-    options.pop("whole", None)
-    if "cluster" in options and row_blocks != 4:
-        pytest.skip("a cluster has 256 rows")
-    tiling = fitting(tokens, row_blocks, group, LIMIT, **options)
-    if "cluster" in options and tiling.shares(-(-n // 64), -(-k // 128), m, 132).blocks > 400:
+    tiling = fitting(tokens, form, group, LIMIT)
+    if form == "cluster" and tiling.tiles(-(-n // 64), m) > 200:
         pytest.skip("clusters are for few tiles")
     torch.manual_seed(0)
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")

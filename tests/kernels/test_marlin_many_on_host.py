@@ -5,15 +5,13 @@ Its instructions are replaced by what they do (``host_bulk.h``, ``host_wgmma.h``
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels import marlin_many
-from awqc.kernels.marlin_many import ManyTiling, fitting
+from awqc.kernels.marlin_many import TILE_TOKENS, ManyTiling, fitting
 from awqc.kernels.marlin_stream import aligned
 from awqc.kernels.qlinear import dequantize
 from tests.kernels.on_host import COMPILER, Memory, compiled
@@ -56,35 +54,27 @@ def multiply_on_host(
     return out.read()
 
 
-@pytest.mark.parametrize(("tokens", "row_blocks"), [(128, 4), (256, 2)])
+@pytest.mark.parametrize("tokens", TILE_TOKENS)
 @pytest.mark.parametrize(
     ("n", "k", "m", "group", "processors", "form"),
     [
-        (130, 392, 150, 64, 3, ""),
+        (130, 392, 150, 64, 3, "whole"),
         (600, 140, 129, 32, 2, "shared"),
         (72, 500, 30, 128, 3, "shared"),
-        (300, 384, 260, 128, 3, "rescaled"),
-        (513, 520, 40, 128, 2, "rescaled shared"),
+        (300, 384, 260, 128, 3, "whole"),
+        (513, 520, 40, 128, 2, "shared"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products(
-    n: int,
-    k: int,
-    m: int,
-    group: int,
-    processors: int,
-    form: str,
-    tokens: int,
-    row_blocks: int,
-    dtype: torch.dtype,
+    n: int, k: int, m: int, group: int, processors: int, form: str, tokens: int, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(n + k)
 
     def uniform(*size: int) -> Tensor:
         return torch.rand(size, generator=generator)
 
-    tiling = fitting(tokens, row_blocks, group, LIMIT, **dict.fromkeys(form.split(), True))
+    tiling = fitting(tokens, form, group, LIMIT)
     codes = (uniform(n, k) * 16).byte()
     scales = uniform(n, -(-k // group)) * 0.02 + 0.01
     scales = (scales * 2.0 ** (uniform(*scales.shape) * 12 - 6).round()).half()
