@@ -5,12 +5,12 @@ HIP share: loads, shared memory, integer dot products, float32 sums. This module
 
 * M up to the last entry of the configurations: the packed weight is streamed once for every 8 tokens. The
   channels are shared out over blocks until the device is full; a second, ordered pass adds the shares.
-  Activations are integers of 14 bits then: of 32 channels of a token, none is off by more than the largest of
-  them times 2^-13. That is an error of 1e-4 of a result's norm for normal ones, 4e-4 at worst;
+  Activations are integers of 16 bits then: of 128 channels of a token (of fewer, where fewer share a scale),
+  none is off by more than the largest of them times 2^-15, an error of at most 2e-4 of a result's norm;
 * larger M: the weight is written out dense and the product is the BLAS's.
 
-Sums of 32 channels are exact, further ones float32 in an order that shape and configuration decide: the same
-input gives the same bits.
+Sums of those channels are exact, further ones float32 in an order that shape and configuration decide: the
+same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ _SOURCE = "exllama.cu"
 _CHUNK_BYTES = 2 * CHANNELS + 8
 #: Shared memory that the system takes for each block.
 _RESERVED = 1024
+#: Variants of ``exllama.cu`` that are off: see its macros.
+EARLY, STREAMED = 0, 0
 
 LIBRARY.define(
     "qlinear_exllama(Tensor x, Tensor words, Tensor scales, Tensor zeros, Tensor? bias, int out_features, "
@@ -76,21 +78,36 @@ class Block:
     rounds: int = 1
     depth: int = 1
 
-    def shares(self, tokens: int, rows: int, chunks: int, processors: int, limit: int) -> int:
+    def shares(self, tokens: int, rows: int, chunks: int, span: int, processors: int, limit: int) -> int:
         """Shares of the ``chunks`` of K with which blocks fill the device ``rounds`` times, but no oftener.
         There are more rounds where activations of so many blocks do not fit a processor's shared memory, of
-        which one block may have ``limit`` bytes."""
+        which one block may have ``limit`` bytes.
+
+        Args:
+            span: chunks that stay together, see :func:`chunks_of_a_step`.
+        """
         blocks = math.ceil(tokens / self.tokens) * math.ceil(rows / (32 * self.columns))
         at_once = processors * self.blocks
-        room = (limit + _RESERVED) // self.blocks - _RESERVED
-        least = math.ceil(chunks / (room // (_CHUNK_BYTES * self.tokens)))
+        spans = math.ceil(chunks / span)
+        room = (limit + _RESERVED) // self.blocks - _RESERVED - self._told_bytes
+        least = math.ceil(spans / (room // (_CHUNK_BYTES * span * self.tokens)))
         rounds = max(self.rounds, math.ceil(blocks * least / at_once))
-        return max(least, min(rounds * at_once // blocks, chunks), 1)
+        return max(least, min(rounds * at_once // blocks, spans), 1)
 
-    def shared_bytes(self, chunks: int, shares: int) -> int:
+    def shared_bytes(self, chunks: int, span: int, shares: int) -> int:
         """Shared memory of a block: activations of its chunks, later the sums of the warps."""
-        staged = math.ceil(chunks / shares) * _CHUNK_BYTES
-        return self.tokens * max(staged, 4 * 32 * self.columns * self.warps)
+        staged = math.ceil(math.ceil(chunks / span) / shares) * span * _CHUNK_BYTES
+        return max(self.tokens * staged + self._told_bytes, 4 * 32 * self.tokens * self.columns * self.warps)
+
+    @property
+    def _told_bytes(self) -> int:
+        """Shared memory for what threads tell each other."""
+        return 8 * 32 * self.warps
+
+
+def chunks_of_a_step(group: int) -> int:
+    """Chunks whose activations share a step, for ``group`` channels that share a scale: 1, 2 or 4."""
+    return math.gcd(math.ceil(group / CHANNELS), 4)
 
 
 @dataclass(frozen=True)
@@ -113,18 +130,19 @@ def prepare(
     tokens: int,
     rows: int,
     chunks: int,
+    span: int,
     dtype: torch.dtype,
     scales: torch.dtype,
     device: torch.device,
 ) -> Prepared:
     """Kernels for ``tokens`` (a multiple of the block's) on a weight of ``rows`` by ``chunks``."""
     at = hardware(device)
-    shares = block.shares(tokens, rows, chunks, at.processors, at.shared_bytes)
+    shares = block.shares(tokens, rows, chunks, span, at.processors, at.shared_bytes)
     dependent = _dependent(at)
-    defines = _macros(block, dtype, scales, dependent)
-    shared = block.shared_bytes(chunks, shares)
+    defines = macros(block, dtype, scales, dependent)
+    shared = block.shared_bytes(chunks, span, shares)
     product = kernel(
-        _SOURCE, "product", "PPPPPPPiiiiii", device, shared=shared, dependent=dependent, **defines
+        _SOURCE, "product", "PPPPPPPiiiiiii", device, shared=shared, dependent=dependent, **defines
     )
     return Prepared(
         product, kernel(_SOURCE, "join", "PPPiii", device, dependent=dependent, **defines), shares
@@ -136,7 +154,8 @@ def _dependent(at: Hardware) -> bool:
     return at.capability is not None and at.capability >= (9, 0)
 
 
-def _macros(block: Block, dtype: torch.dtype, scales: torch.dtype, dependent: bool = False) -> dict[str, int]:
+def macros(block: Block, dtype: torch.dtype, scales: torch.dtype, dependent: bool = False) -> dict[str, int]:
+    """Of ``exllama.cu``, for activations and scales of these dtypes."""
     return {
         "COLUMNS": block.columns,
         "TOKENS": block.tokens,
@@ -146,6 +165,8 @@ def _macros(block: Block, dtype: torch.dtype, scales: torch.dtype, dependent: bo
         "BFLOAT": int(dtype == torch.bfloat16),
         "SCALES": _SCALES[scales],
         "DEPENDENT": int(dependent),
+        "EARLY": EARLY,
+        "STREAMED": STREAMED,
     }
 
 
@@ -171,9 +192,9 @@ def multiply(
         group: channels that share a scale, a multiple of ``CHANNELS`` or all of them.
     """
     m, k = x.shape
-    chunks = words.shape[0] * 8 // CHANNELS
+    chunks, span = words.shape[0] * 8 // CHANNELS, chunks_of_a_step(group)
     rounded = block.tokens * math.ceil(m / block.tokens)
-    launch = prepare(block, rounded, n, chunks, x.dtype, scales.dtype, x.device)
+    launch = prepare(block, rounded, n, chunks, span, x.dtype, scales.dtype, x.device)
     y = x.new_empty(m, n)
     partial = y if launch.shares == 1 else x.new_empty(launch.shares, m, n, dtype=torch.float32)
     added = 0 if bias is None else bias.data_ptr()
@@ -194,6 +215,7 @@ def multiply(
             words.shape[1],
             chunks,
             math.ceil(group / CHANNELS),
+            span,
         ),
     )
     if launch.shares > 1:
@@ -206,7 +228,7 @@ def multiply(
 
 
 #: For ``reconstruct``, which is not cut.
-_ALONE = Block(tokens=1, columns=1, warps=1, blocks=1)
+ALONE = Block(tokens=1, columns=1, warps=1, blocks=1)
 
 
 def _reconstruct_grid(n: int, k: int) -> tuple[int, int]:
@@ -217,7 +239,7 @@ def dense(
     words: Tensor, scales: Tensor, zeros: Tensor, n: int, k: int, group: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight transposed, ``(K, N)`` in ``dtype``."""
-    defines = _macros(_ALONE, dtype, scales.dtype)
+    defines = macros(ALONE, dtype, scales.dtype)
     weight = words.new_empty(k, n, dtype=dtype)
     kernel(_SOURCE, "reconstruct", "PPPPiiii", words.device, **defines).launch(
         _reconstruct_grid(n, k),
@@ -295,16 +317,17 @@ def describe(
     found = configs.entry(configs.measured(NAME, at.name), m)
     if found is None:
         size = k * out_features * x.itemsize
-        code = _code("reconstruct", _macros(_ALONE, x.dtype, scales.dtype))
+        code = _code("reconstruct", macros(ALONE, x.dtype, scales.dtype))
         whole = _reconstruct_grid(out_features, k)
         return [
             Launch("exllama.cu:reconstruct", weight, size, whole, (256,), code=code),
             Launch("cuBLAS", nbytes(x, bias) + size, out),
         ]
     block, chunks = Block(**found), words.shape[0] * 8 // CHANNELS
+    span = chunks_of_a_step(group_channels(group_size, k))
     rounded = block.tokens * math.ceil(m / block.tokens)
-    shares = block.shares(rounded, out_features, chunks, at.processors, at.shared_bytes)
-    defines = _macros(block, x.dtype, scales.dtype, _dependent(at))
+    shares = block.shares(rounded, out_features, chunks, span, at.processors, at.shared_bytes)
+    defines = macros(block, x.dtype, scales.dtype, _dependent(at))
     partial = shares * m * out_features * 4
     product = Launch(
         "exllama.cu:product",
@@ -312,7 +335,7 @@ def describe(
         partial if shares > 1 else out,
         grid=_grid(block, m, out_features, shares),
         block=(32 * block.warps,),
-        shared=block.shared_bytes(chunks, shares),
+        shared=block.shared_bytes(chunks, span, shares),
         config={**asdict(block), "shares": shares},
         code=_code("product", defines),
     )

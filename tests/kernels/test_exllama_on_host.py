@@ -15,19 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awqc.kernels.exllama_layout import CHANNELS
-from awqc.kernels.qlinear_exllama import Block, ExLlama
+from awqc.kernels.qlinear_exllama import ALONE, Block, ExLlama, chunks_of_a_step, macros
 from awqc.quantized import QuantizedWeight, Scheme, quantize
 from tests.kernels.on_host import COMPILER, Memory, compiled
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 #: Calls a kernel with arguments as ctypes passes them.
 ENTRY = """
 extern "C" void run_product(unsigned gx, unsigned gy, unsigned gz, u16* y, float* partial, const u16* x,
     const u32* words, const void* scales, const u8* zeros, const u16* bias, int m, int n, int k, int stride,
-    int chunks, int group_chunks) {
+    int chunks, int group_chunks, int span) {
   launch({gx, gy, gz}, THREADS, [=] {
-    product(y, partial, x, words, scales, zeros, bias, m, n, k, stride, chunks, group_chunks); });
+    product(y, partial, x, words, scales, zeros, bias, m, n, k, stride, chunks, group_chunks, span); });
 }
 extern "C" void run_join(unsigned gx, u16* y, const float* partial, const u16* bias, int size, int n,
     int shares) {
@@ -63,28 +62,19 @@ def multiply_on_host(
     Args:
         skip: numbers that lie before ``x``, at an address of a multiple of 16.
     """
-    scale_dtype = weight.scales.dtype
     tensors, (n, group_size) = ExLlama.pack(
         weight.codes, weight.scales, weight.zeros, bias, 4, weight.scheme.group_size
     )
-    kernels = library(
-        COLUMNS=block.columns,
-        TOKENS=block.tokens,
-        WARPS=block.warps,
-        BLOCKS=block.blocks,
-        DEPTH=block.depth,
-        BFLOAT=int(x.dtype == torch.bfloat16),
-        SCALES=SCALES[scale_dtype],
-        DEPENDENT=1,
-    )
+    kernels = library(**macros(block, x.dtype, weight.scales.dtype, dependent=True))
     words, scales, zeros = (tensors[name] for name in ("words", "scales", "zeros"))
     assert words is not None
     (m, k), stride = x.shape, words.shape[1]
     chunks = words.shape[0] * 8 // CHANNELS
     group = k if group_size == -1 else min(group_size, k)
     rounded = block.tokens * math.ceil(m / block.tokens)
-    shares = block.shares(rounded, n, chunks, processors, limit)
-    assert block.shared_bytes(chunks, shares) <= min(limit, 4 << 16)
+    span = chunks_of_a_step(group)
+    shares = block.shares(rounded, n, chunks, span, processors, limit)
+    assert block.shared_bytes(chunks, span, shares) <= min(limit, 4 << 16)
     nan = torch.tensor(float("nan"), dtype=x.dtype)
     y = Memory(kernels, nan.expand(m, n))
     partial = Memory(kernels, nan.float().expand(shares, m, n))
@@ -93,7 +83,7 @@ def multiply_on_host(
     pointers = [o.pointer for o in operands]
     pointers[0] = ctypes.c_void_p(pointers[0].value + skip * x.itemsize)
     grid = (math.ceil(n / (32 * block.columns)), shares, rounded // block.tokens)
-    sizes = (m, n, k, stride, chunks, math.ceil(group / CHANNELS))
+    sizes = (m, n, k, stride, chunks, math.ceil(group / CHANNELS), span)
     kernels.run_product(*grid, y.pointer, partial.pointer, *pointers, *sizes)
     if shares > 1:
         blocks = math.ceil(m * n / 256)
@@ -101,20 +91,21 @@ def multiply_on_host(
     return y.read()
 
 
-def in_integers(x: Tensor) -> Tensor:
-    """The activations ``(M, K)`` float64 that the kernel multiplies: of every 32 channels of a token,
-    integers of 14 bits in steps of the power of two that the largest needs."""
-    k = x.shape[1]
-    chunks = F.pad(x.double(), (0, -k % CHANNELS)).unflatten(1, (-1, CHANNELS))
-    # A float64 is mantissa * 2**exponent with a mantissa in [0.5, 1): integers of 2**13 stand for the power.
-    exponent = torch.frexp(chunks.abs().amax(2, keepdim=True)).exponent.clamp(min=-112)
-    step = torch.exp2(exponent.double() - 13)
-    return (torch.round(chunks / step) * step).flatten(1)[:, :k]
+def in_integers(x: Tensor, span: int) -> Tensor:
+    """The activations ``(M, K)`` float64 that the kernel multiplies: of ``span`` chunks of a token, integers
+    below 2**15 in steps of the power of two that the largest needs."""
+    k, together = x.shape[1], span * CHANNELS
+    spans = F.pad(x.double(), (0, -k % together)).unflatten(1, (-1, together))
+    # A float64 is mantissa * 2**exponent with a mantissa in [0.5, 1): 2**15 stands for the power.
+    exponent = torch.frexp(spans.abs().amax(2, keepdim=True)).exponent.clamp(min=-111)
+    step = torch.exp2(exponent.double() - 15)
+    return (torch.round(spans / step) * step).flatten(1)[:, :k]
 
 
 def assert_close(got: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
-    """Exact sums of 32 products of integers and codes, added in float32, and one rounding of the result."""
-    k, taken = x.shape[1], in_integers(x)
+    """Exact sums of products of integers and codes, added in float32, and one rounding of the result."""
+    k, group = x.shape[1], weight.scheme.group_size
+    taken = in_integers(x, chunks_of_a_step(k if group == -1 else min(group, k)))
     want = taken @ weight.dequantize(torch.float64).t() + (0 if bias is None else bias.double())
     rounding = torch.finfo(x.dtype).eps / 2 * want.abs()
     energy = taken.norm(dim=1, keepdim=True) * weight.scales.double().amax() * 30
@@ -143,7 +134,7 @@ def test_the_product_agrees_with_float64(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale_dtype", SCALES)
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype_of_activations_and_scales(dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
     weight = weight_of(70, 168, 64, zero_point=False)
     scales = weight.scales.to(scale_dtype)
@@ -152,16 +143,7 @@ def test_every_dtype_of_activations_and_scales(dtype: torch.dtype, scale_dtype: 
     exact = weight.dequantize(torch.float64)
     got = multiply_on_host(x, weight, None, Block(4, 4, 4, 2), 8, 64 << 10)
     assert_close(got, x, weight)
-    kernels = library(
-        COLUMNS=1,
-        TOKENS=1,
-        WARPS=1,
-        BLOCKS=1,
-        DEPTH=1,
-        BFLOAT=int(dtype == torch.bfloat16),
-        SCALES=SCALES[scale_dtype],
-        DEPENDENT=0,
-    )
+    kernels = library(**macros(ALONE, dtype, scale_dtype))
     tensors, _ = ExLlama.pack(weight.codes, weight.scales, weight.zeros, None, 4, 64)
     out = Memory(kernels, torch.tensor(float("nan"), dtype=dtype).expand(168, 70))
     operands = [Memory(kernels, tensors[name]) for name in ("words", "scales", "zeros")]
@@ -223,8 +205,8 @@ def test_integers_cost_less_than_the_bar_of_errors_leaves(kind: str, dtype: torc
     got = multiply_on_host(x, weight, None, Block(4, 2, 4, 2), 4, 64 << 10)
     assert_close(got, x, weight)
     errors = (got.double() - want).norm(dim=1) / want.norm(dim=1)
-    # Half a step of each integer, at random in it, over one activation that is all there is of its chunk.
-    worst = (CHANNELS / 3) ** 0.5 * 2.0**-13
+    # Half a step of each integer, at random in it, over one activation that is all there is of 128.
+    worst = (128 / 3) ** 0.5 * 2.0**-15
     assert (errors <= worst + torch.finfo(dtype).eps / 2).all()
     assert (errors <= {torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]).all()
 
@@ -238,16 +220,7 @@ def test_activations_at_any_address() -> None:
 
 def test_weights_of_odd_width_are_written_out_whole() -> None:
     weight = weight_of(33, 61, -1)
-    kernels = library(
-        COLUMNS=1,
-        TOKENS=1,
-        WARPS=1,
-        BLOCKS=1,
-        DEPTH=1,
-        BFLOAT=0,
-        SCALES=SCALES[weight.scales.dtype],
-        DEPENDENT=0,
-    )
+    kernels = library(**macros(ALONE, torch.float16, weight.scales.dtype))
     tensors, _ = ExLlama.pack(weight.codes, weight.scales, weight.zeros, None, 4, -1)
     out = Memory(kernels, torch.tensor(float("nan")).half().expand(61, 33))
     operands = [Memory(kernels, tensors[name]) for name in ("words", "scales", "zeros")]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from awqc.kernels import nvrtc
 from awqc.kernels.machine_code import CudaCode, disassembler, sass
 from awqc.kernels.nvrtc import CompileError
+from awqc.kernels.qlinear_exllama import ALONE, macros
 
 pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
 JOIN = CudaCode("marlin_join.cu", "join", {"BF16": 0, "SPLIT": 2, "WIDTH": 4, "HOPPER": 0})
@@ -39,16 +41,7 @@ def test_instructions() -> None:
 
 @pytest.mark.skipif(not has_disassembler(), reason="no cuobjdump: install triton")
 def test_only_the_function_that_is_asked_for() -> None:
-    defines = {
-        "COLUMNS": 4,
-        "TOKENS": 1,
-        "WARPS": 8,
-        "BLOCKS": 1,
-        "DEPTH": 1,
-        "BFLOAT": 0,
-        "SCALES": 0,
-        "DEPENDENT": 0,
-    }
+    defines = macros(ALONE, torch.float16, torch.float16)
     text = sass(CudaCode("exllama.cu", "join", defines), (8, 0))
     assert "Function : join" in text
     assert "Function : product" not in text

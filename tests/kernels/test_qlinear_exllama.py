@@ -10,7 +10,7 @@ from torch import Tensor
 
 from awqc.kernels import configs, nvrtc
 from awqc.kernels.cuda_launch import read_source
-from awqc.kernels.qlinear_exllama import Block, ExLlama, multiply
+from awqc.kernels.qlinear_exllama import Block, ExLlama, chunks_of_a_step, macros, multiply
 from awqc.quantized import QuantizedWeight, Scheme, quantize
 from tests.kernels.test_exllama_on_host import in_integers
 
@@ -63,46 +63,53 @@ def test_refuses_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "chunks", "processors", "limit", "rounds", "shares"),
+    ("rows", "chunks", "span", "limit", "rounds", "shares"),
     [
         # 32 blocks of 128 columns on 132 processors that hold 4 each.
-        (1, 4096, 128, 132, 227 << 10, 1, 16),
-        (1, 128256, 128, 132, 227 << 10, 1, 1),
-        # Never more than chunks.
-        (1, 32, 3, 132, 227 << 10, 1, 3),
+        (4096, 128, 4, 227 << 10, 1, 16),
+        (128256, 128, 4, 227 << 10, 1, 1),
+        # Never more than there are spans.
+        (32, 3, 1, 227 << 10, 1, 3),
+        (32, 5, 4, 227 << 10, 1, 2),
         # 112 blocks for each share: 4 leave 80 places of 528 empty, 14 in three rounds 16 of 1584.
-        (1, 14336, 128, 132, 227 << 10, 1, 4),
-        (1, 14336, 128, 132, 227 << 10, 3, 14),
-        # A share of the activations fits a quarter of the memory; 1002 * 5 blocks are ten rounds.
-        (1, 128256, 1024, 132, 64 << 10, 1, 5),
+        (14336, 128, 4, 227 << 10, 1, 4),
+        (14336, 128, 4, 227 << 10, 3, 14),
+        # A share of the activations fits a quarter of the memory; 1002 * 6 blocks are twelve rounds.
+        (128256, 1024, 4, 64 << 10, 1, 6),
     ],
 )
 def test_shares_fill_the_device_and_fit(
-    tokens: int, rows: int, chunks: int, processors: int, limit: int, rounds: int, shares: int
+    rows: int, chunks: int, span: int, limit: int, rounds: int, shares: int
 ) -> None:
     block = Block(tokens=1, columns=4, warps=8, blocks=4, rounds=rounds)
-    assert block.shares(tokens, rows, chunks, processors, limit) == shares
-    assert block.blocks * (block.shared_bytes(chunks, shares) + 1024) <= limit + 1024
+    assert block.shares(1, rows, chunks, span, 132, limit) == shares
+    assert block.blocks * (block.shared_bytes(chunks, span, shares) + 1024) <= limit + 1024
+
+
+@pytest.mark.parametrize(
+    ("group", "span"), [(32, 1), (64, 2), (96, 1), (128, 4), (4096, 4), (1000, 4), (30, 1)]
+)
+def test_groups_are_whole_spans(group: int, span: int) -> None:
+    assert chunks_of_a_step(group) == span
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_89", "sm_90a"])
 def test_every_source_that_ships_compiles(architecture: str) -> None:
     table = configs.measured("qlinear_exllama", torch.device("cpu"))
-    for entry, bfloat, scales in itertools.product(table.values(), (0, 1), (0, 1, 2)):
-        if (bfloat, scales) in ((0, 0), (1, 1), (1, 2)):
-            block = Block(**entry)
-            defines = {
-                "COLUMNS": block.columns,
-                "TOKENS": block.tokens,
-                "WARPS": block.warps,
-                "BLOCKS": block.blocks,
-                "DEPTH": block.depth,
-                "BFLOAT": bfloat,
-                "SCALES": scales,
-                "DEPENDENT": int(architecture >= "sm_90"),
-            }
-            assert nvrtc.compile_source(read_source("exllama.cu"), architecture, defines)
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    for entry, dtypes in itertools.product(table.values(), ((half, half), (brain, brain), (brain, single))):
+        defines = macros(Block(**entry), *dtypes, architecture >= "sm_90")
+        assert nvrtc.compile_source(read_source("exllama.cu"), architecture, defines)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("early", "streamed"), [(1, 0), (0, 1), (0, 2)])
+@pytest.mark.parametrize("columns", [1, 2, 4])
+def test_variants_that_are_off_compile(early: int, streamed: int, columns: int) -> None:
+    block = Block(tokens=2, columns=columns, warps=12, blocks=1, depth=2)
+    defines = macros(block, torch.float16, torch.float16, True) | {"EARLY": early, "STREAMED": streamed}
+    assert nvrtc.compile_source(read_source("exllama.cu"), "sm_90a", defines)
 
 
 def test_the_source_has_no_matrix_instruction_and_no_shuffle() -> None:
@@ -124,11 +131,12 @@ def test_every_block_shape_agrees_with_float64(
     operands = [t for t in tensors.values() if t is not None]
     bias = torch.randn(n, device=CUDA).half()
     x = torch.randn(11, k, device=CUDA).half()
-    want = in_integers(x) @ weight.dequantize(torch.float64).t().to(CUDA) + bias.double()
+    taken = in_integers(x, chunks_of_a_step(k if group_size == -1 else group_size))
+    want = taken @ weight.dequantize(torch.float64).t().to(CUDA) + bias.double()
     for warps, blocks in ((4, 1), (8, 2), (8, 16)):
         block = Block(tokens=tokens, columns=columns, warps=warps, blocks=blocks)
         got = multiply(x, *operands, bias, n, k if group_size == -1 else group_size, block)
-        # Exact sums of 32 products, added in float32, rounded once.
+        # Exact sums of a span's products, added in float32, rounded once.
         assert (got.double() - want).norm() <= torch.finfo(torch.float16).eps / 2 * want.norm()
 
 
