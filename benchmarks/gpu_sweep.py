@@ -32,6 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from awqc.kernels import (
     configs,
+    exllama_block,
     marlin_many,
     marlin_pair,
     marlin_stream,
@@ -40,7 +41,8 @@ from awqc.kernels import (
     qlinear_marlin,
     qlinear_triton,
 )
-from awqc.kernels.qlinear_exllama import Block, ExLlama
+from awqc.kernels.exllama_block import Block
+from awqc.kernels.qlinear_exllama import ExLlama
 from awqc.kernels.qlinear_marlin import Marlin
 from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight
 from kernels import GROUP, SHAPES, per_call, repeated, rotation, weight_of
@@ -176,11 +178,11 @@ def chosen(candidate: Candidate) -> Iterator[None]:
     its variant."""
     macros = dict(candidate.macros)
     kept = marlin_stream.tile, marlin_wide.tile, marlin_stream.TURNED
-    exllama = qlinear_exllama.EARLY, qlinear_exllama.STREAMED
+    exllama = exllama_block.EARLY, exllama_block.STREAMED
     marlin_stream.tile = marlin_wide.tile = lambda *_: candidate.config  # type: ignore[assignment]
     marlin_stream.TURNED = macros.get("TURNED", marlin_stream.TURNED)
-    qlinear_exllama.EARLY = macros.get("EARLY", exllama[0])
-    qlinear_exllama.STREAMED = macros.get("STREAMED", exllama[1])
+    exllama_block.EARLY = macros.get("EARLY", exllama[0])
+    exllama_block.STREAMED = macros.get("STREAMED", exllama[1])
     caches = marlin_stream.stream, marlin_wide.wide, qlinear_exllama.prepare
     for cached in caches:
         cached.cache_clear()
@@ -188,7 +190,7 @@ def chosen(candidate: Candidate) -> Iterator[None]:
         yield
     finally:
         marlin_stream.tile, marlin_wide.tile, marlin_stream.TURNED = kept
-        qlinear_exllama.EARLY, qlinear_exllama.STREAMED = exllama
+        exllama_block.EARLY, exllama_block.STREAMED = exllama
         for cached in caches:
             cached.cache_clear()
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awqc.kernels.exllama_block import ALONE, Block, chunks_of_a_step, macros
 from awqc.kernels.exllama_layout import CHANNELS
-from awqc.kernels.qlinear_exllama import ALONE, Block, ExLlama, chunks_of_a_step, macros
+from awqc.kernels.qlinear_exllama import ExLlama
 from awqc.quantized import QuantizedWeight, Scheme, quantize
 from tests.kernels.on_host import COMPILER, Memory, compiled
 

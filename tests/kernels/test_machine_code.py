@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from awqc.kernels import nvrtc
+from awqc.kernels.exllama_block import ALONE, macros
 from awqc.kernels.machine_code import CudaCode, disassembler, sass
 from awqc.kernels.nvrtc import CompileError
-from awqc.kernels.qlinear_exllama import ALONE, macros
 
 pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
 JOIN = CudaCode("marlin_join.cu", "join", {"BF16": 0, "SPLIT": 2, "WIDTH": 4, "HOPPER": 0})
