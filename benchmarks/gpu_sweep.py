@@ -96,11 +96,9 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
     """Tilings of ``marlin_wide.cu``, ``marlin_pair.cu`` and ``marlin_many.cu``; the first is what ships."""
     rows, columns = -(-n // 64), -(-k // 128)
     found: dict[Any, None] = {}
-    if m > qlinear_marlin.WIDE_TOKENS:
-        found[Route("dequantized")] = None
-    else:
-        shipped = marlin_pair.tile(rows, columns, m, GROUP, 132, LIMIT)
-        found[shipped or marlin_wide.tile(rows, columns, m, GROUP, 132, LIMIT)] = None
+    cut = (marlin_wide if m <= qlinear_marlin.WIDE_TOKENS else marlin_many).tile
+    shipped = marlin_pair.tile(rows, columns, m, GROUP, 132, LIMIT)
+    found[shipped or cut(rows, columns, m, GROUP, 132, LIMIT)] = None
     if m >= 128:
         found |= dict.fromkeys((Route("cublas"), *manies(rows, m), Route("dequantized")))
     for tokens in marlin_wide.TILE_TOKENS:
@@ -108,13 +106,12 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
             continue
         for stages in (8, 6, 5, 4, 3, 2):
             pair = marlin_pair.PairTiling(tokens, stages)
-            if tokens < 256 and pair.shared_bytes(GROUP) <= LIMIT:
+            if pair.shared_bytes(GROUP) <= LIMIT:
                 found[pair] = None
                 break
-        splits = ((1, False), (2, False), (2, True), (4, False), (8, False))
-        for rows_at_once, (split, cluster) in product((2, 4) if tokens <= 64 else (2,), splits):
+        for row_blocks, split in product((2, 4) if tokens <= 64 else (2,), (1, 2, 4, 8)):
             for stages in (8, 6, 5, 4, 3, 2):
-                wide = marlin_wide.WideTiling(tokens, split, stages, cluster, rows_at_once)
+                wide = marlin_wide.WideTiling(tokens, split, stages, row_blocks)
                 if wide.shared_bytes(GROUP) <= LIMIT:
                     if wide.blocks(rows, m) <= 2 * 132:
                         found[wide] = None
@@ -236,7 +233,7 @@ class Problem:
                 packed = qlinear_marlin.dequantize(packed, self.n, self.k, GROUP, False, x.dtype)
             return F.linear(x, packed)
         if isinstance(candidate.config, marlin_many.ManyTiling):
-            return marlin_many.multiply(candidate.config, *arguments)
+            return marlin_many.multiply(*arguments, candidate.config)
         if isinstance(candidate.config, marlin_pair.PairTiling):
             return marlin_pair.multiply(candidate.config, *arguments)
         return marlin_wide.multiply(*arguments)

@@ -60,7 +60,7 @@ def draw(random_: random.Random, seed: int, experts: bool) -> Case:
         k=random_.choice(
             [random_.randint(1, 600), 8 * random_.randint(1, 300), 128 * random_.randint(1, 40)]
         ),
-        tokens=random_.choice([*few, *few, 130, 300, 513, 1100]),
+        tokens=random_.choice([*few, *few, 130, 300, 513, 1100, 2100]),
         bits=random_.choice([2, 3, 4, 4, 4]),
         group_size=random_.choice([-1, 32, 64, 96, 128, 128, 256]),
         zero_point=random_.random() < 0.6,

@@ -168,21 +168,40 @@ def _cost(tiling: ManyTiling, tiles: int, columns: int, processors: int) -> floa
     return step * most * 1.1 + 9
 
 
-@functools.cache
-def _plan(
-    tiling: ManyTiling, row_blocks: int, columns: int, tokens: int, processors: int
-) -> tuple[Shares, int]:
-    """The shares of a product, and the bytes of their workspace."""
-    shares = tiling.shares(row_blocks, columns, tokens, processors)
-    return shares, shares.workspace(tiling)
+@dataclass(frozen=True)
+class Many:
+    """The launch of ``marlin_many.cu`` for one shape.
+
+    Args:
+        main: the kernel.
+        tiling: how the product is cut.
+        shares: who does what.
+        workspace: bytes of sums that blocks leave for others, and of flags.
+    """
+
+    main: CudaKernel
+    tiling: ManyTiling
+    shares: Shares
+    workspace: int
 
 
 @functools.cache
 def many(
-    tiling: ManyTiling, group: int, dtype: torch.dtype, bfloat16_scales: bool, device: torch.device
-) -> CudaKernel:
-    """The kernel for ``tiling``, compiled and loaded."""
-    return kernel(
+    tiling: ManyTiling | None,
+    row_blocks: int,
+    columns: int,
+    tokens: int,
+    group: int,
+    dtype: torch.dtype,
+    bfloat16_scales: bool,
+    device: torch.device,
+) -> Many:
+    """The launch for a weight of ``row_blocks`` by ``columns`` blocks, compiled and loaded, cut as ``tiling``
+    says, or else :func:`tile`."""
+    at = hardware(device)
+    if tiling is None:
+        tiling = tile(row_blocks, columns, tokens, group, at.processors, at.shared_bytes)
+    main = kernel(
         "marlin_many.cu",
         "many",
         "128sPPPPPqiiiiii",
@@ -192,6 +211,8 @@ def many(
         dependent=True,
         **_macros(tiling, group, dtype, bfloat16_scales),
     )
+    shares = tiling.shares(row_blocks, columns, tokens, at.processors)
+    return Many(main, tiling, shares, shares.workspace(tiling))
 
 
 def _macros(tiling: ManyTiling, group: int, dtype: torch.dtype, bfloat16_scales: bool) -> dict[str, int]:
@@ -205,19 +226,19 @@ def _macros(tiling: ManyTiling, group: int, dtype: torch.dtype, bfloat16_scales:
     }
 
 
+def _launch_tokens(tokens: int) -> int:
+    """The tokens that a launch is made for: it changes with tiles of tokens only."""
+    return -(-tokens // TILE_TOKENS[0]) * TILE_TOKENS[0]
+
+
 def describe(
-    tiling: ManyTiling,
-    at: Hardware,
-    rows: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    n: int,
-    group: int,
-    bfloat16_scales: bool,
+    at: Hardware, rows: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int, bfloat16_scales: bool
 ) -> list[Launch]:
     """The launch of :func:`multiply`."""
     tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
-    shares, workspace = _plan(tiling, row_blocks, columns, tokens, at.processors)
+    tiling = tile(row_blocks, columns, _launch_tokens(tokens), group, at.processors, at.shared_bytes)
+    shares = tiling.shares(row_blocks, columns, tokens, at.processors)
+    workspace = shares.workspace(tiling)
     return [
         Launch(
             "marlin_many.cu:many",
@@ -234,36 +255,37 @@ def describe(
 
 
 def multiply(
-    tiling: ManyTiling,
     rows: Tensor,
     packed: Tensor,
     bias: Tensor | None,
     n: int,
     group: int,
     bfloat16_scales: bool,
+    tiling: ManyTiling | None = None,
 ) -> Tensor:
     """``rows @ W.T + bias`` for ``rows`` ``(M, K)`` float16 or bfloat16, contiguous; ``(M, n)``.
 
     Args:
-        tiling: how the product is cut.
         packed, group, bfloat16_scales: of :func:`awqc.kernels.qlinear_marlin.qlinear_marlin`.
         bias: ``(n,)`` of the dtype of ``rows``, or None.
+        tiling: other than that of :func:`tile`.
     """
     rows = aligned(rows)
     tokens = rows.shape[0]
     row_blocks, columns = packed.shape[:2]
-    shares, size = _plan(tiling, row_blocks, columns, tokens, hardware(rows.device).processors)
+    whole = _launch_tokens(tokens)
+    launch = many(tiling, row_blocks, columns, whole, group, rows.dtype, bfloat16_scales, rows.device)
+    blocks, size = launch.shares.blocks, launch.workspace
     out = rows.new_empty(tokens, n)
     workspace = torch.empty(size, dtype=torch.uint8, device=rows.device)
-    flags = workspace.data_ptr() + max(0, size - shares.blocks * 2 * 8)
-    many(tiling, group, rows.dtype, bfloat16_scales, rows.device).launch(
-        (shares.blocks,),
+    launch.main.launch(
+        (blocks,),
         (_THREADS,),
         (
-            tensor_map(rows, tiling.tokens, 64),
+            tensor_map(rows, launch.tiling.tokens, 64),
             *(out.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr()),
-            *(workspace.data_ptr(), flags, _TAG),
-            *(tokens, n, row_blocks, columns, -(-tokens // tiling.tokens), shares.waves),
+            *(workspace.data_ptr(), workspace.data_ptr() + max(0, size - blocks * 2 * 8), _TAG),
+            *(tokens, n, row_blocks, columns, -(-tokens // launch.tiling.tokens), launch.shares.waves),
         ),
     )
     return out

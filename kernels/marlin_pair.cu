@@ -1,7 +1,7 @@
 // y = W x + bias for many tokens and few rows, on Hopper's wgmma: like marlin_wide.cu, with 64 rows to a cluster of two
 // blocks. The blocks have a half of the channels each; of every 128 of those, the two warpgroups of a block multiply
 // 64 each. The four sums meet in shared memory, in their order, so no second launch has to join them. Macros: those of
-// marlin_block.cuh, TOKENS (32, 64, 128 or 256), STAGES.
+// marlin_block.cuh, TOKENS (32, 64 or 128), STAGES.
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
 #include "marlin_dequant.cuh"

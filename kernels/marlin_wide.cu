@@ -5,23 +5,13 @@
 // STAGES stages that four threads fill: two copy weights in bulk, two activations through a tensor map, which swizzles
 // them. Two warpgroups have 64 rows each; a third, which those threads are of, leaves them its registers. With
 // ROW_BLOCKS 4 it is 256 rows and four warpgroups, and the threads copy weights, two of them activations too. SPLIT blocks
-// share the channels and leave their sums in `partials`, for marlin_join.cu; or with CLUSTER they are two, of one
-// cluster, and each joins the sums of half of the tokens in its shared memory. Macros: those of marlin_block.cuh,
-// TOKENS (32, 64, 128 or 256), SPLIT, STAGES, CLUSTER.
+// share the channels and leave their sums in `partials`, for marlin_join.cu. Macros: those of marlin_block.cuh,
+// TOKENS (32, 64 or 128), SPLIT, STAGES, ROW_BLOCKS (2 or 4).
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
 #include "marlin_dequant.cuh"
 #include "marlin_wgmma.cuh"
 
-#ifndef CLUSTER
-#define CLUSTER 0
-#endif
-#ifndef ROW_BLOCKS
-#define ROW_BLOCKS 2
-#endif
-#if CLUSTER && SPLIT != 2
-#error "a cluster is of two blocks"
-#endif
 
 constexpr int BLOCKS = ROW_BLOCKS;  // of 64 rows, one for each warpgroup
 constexpr int ROWS = 64 * BLOCKS;
@@ -118,25 +108,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     }
     wait_for_products<0>();
 
-#if CLUSTER
-    // sums[where they come from][row][token]: each block has those of half of the tokens.
-    constexpr int OWN_TOKENS = TOKENS / 2, STRIDE = OWN_TOKENS + 2;
-    float* sums = reinterpret_cast<float*>(ring);
-    cluster_barrier();
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; i += 2) {
-      const int row = group * 64 + warp * 16 + (i >> 1 & 1) * 8 + (lane >> 2), token = i / 4 * 8 + (lane & 3) * 2;
-      store2_at_rank(sums + (rank * ROWS + row) * STRIDE + token % OWN_TOKENS, token / OWN_TOKENS, acc[i], acc[i + 1]);
-    }
-    cluster_barrier();
-    const int first = token0 + rank * OWN_TOKENS, end = min(OWN_TOKENS, tokens - first) * ROWS;
-#pragma unroll 4
-    for (int e = threadIdx.x; e < end; e += CONSUMERS) {
-      const int token = e / ROWS, row = block0 * 64 + e % ROWS;
-      const float sum = sums[e % ROWS * STRIDE + token] + sums[(ROWS + e % ROWS) * STRIDE + token];
-      if (row < n) y[long(first + token) * n + row] = from_float(bias ? sum + to_float(bias[row]) : sum);
-    }
-#else
     asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
     // Through shared memory, so that rows leave together.
     constexpr int STRIDE = TOKENS + 2;
@@ -160,6 +131,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 #endif
       }
     }
-#endif
   }
 }

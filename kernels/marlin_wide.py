@@ -19,7 +19,7 @@ from awqc.kernels.marlin_stream import aligned
 #: Bytes at the start of a block's shared memory: for its alignment, and for its barriers.
 _BARRIERS = 2048
 #: Tokens of a tile, as the instruction has them.
-TILE_TOKENS = (32, 64, 128, 256)
+TILE_TOKENS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,13 @@ class WideTiling:
         tokens: of a tile.
         split: blocks that share the channels.
         stages: of 128 channels in flight.
-        cluster: whether the blocks that share channels are two, of a cluster, and join their sums themselves.
         row_blocks: blocks of 64 rows of a tile, 2 or 4, one for each warpgroup that multiplies.
     """
 
     tokens: int
     split: int
     stages: int
-    cluster: bool = False
-    row_blocks: int = 2
+    row_blocks: int
 
     @property
     def threads(self) -> int:
@@ -53,32 +51,31 @@ class WideTiling:
         """Shared memory of a block: barriers and the ring, which becomes the sums."""
         weights = self.row_blocks * layout.STRIPS * layout.strip_bytes(group)
         stage = self.tokens * 2 * layout.CHANNELS + -(-weights // 1024) * 1024
-        sums = self.row_blocks * layout.ROWS * (self.tokens + (4 if self.cluster else 2)) * 4
+        sums = self.row_blocks * layout.ROWS * (self.tokens + 2) * 4
         return _BARRIERS + max(self.stages * stage, sums)
 
 
 def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int, limit: int) -> WideTiling:
     """How to cut the product of a weight of ``row_blocks`` by ``columns`` blocks with ``tokens`` tokens.
 
-    Tiles are as wide as the tokens, up to 256 of them where that leaves work for most processors; then the
-    channels are split as long as every block still has a processor of its own.
+    Tiles are as wide as the tokens. The channels are split as long as every block has a processor of its own.
+    Tiles of 256 rows, which read the activations half as often, pay where most processors have 32 steps.
 
     Args:
         processors: multiprocessors of the device; each takes one block of the grid at a time.
         limit: bytes of shared memory that a block may have.
     """
-    row_tiles = -(-row_blocks // WideTiling.row_blocks)
     at_once = tile_tokens(tokens)
-    if at_once == TILE_TOKENS[-1] and row_tiles * -(-tokens // at_once) < processors * 3 // 4:
-        at_once = TILE_TOKENS[-2]
-    tiles = row_tiles * -(-tokens // at_once)
-    split = max(
-        split for split in (1, 2, 4, 8) if split == 1 or (tiles * split <= processors and split <= columns)
-    )
+    for size in (4, 2) if at_once <= 64 else (2,):
+        tiles = -(-row_blocks // size) * -(-tokens // at_once)
+        fitting = [split for split in (2, 4, 8) if tiles * split <= processors and split <= columns]
+        split = max(fitting, default=1)
+        if tiles * split >= processors * 3 // 4 and columns // split >= 32:
+            break
     return next(
         tiling
         for stages in (8, 7, 6, 5, 4, 3, 2)
-        if (tiling := WideTiling(at_once, split, stages)).shared_bytes(group) <= limit
+        if (tiling := WideTiling(at_once, split, stages, size)).shared_bytes(group) <= limit
     )
 
 
@@ -114,7 +111,6 @@ def wide(
         "128sPPPPiiiii",
         device,
         shared=tiling.shared_bytes(group),
-        cluster=2 if tiling.cluster else 1,
         dependent=True,
         **_macros(tiling, group, dtype, bfloat16_scales),
     )
@@ -129,7 +125,6 @@ def _macros(tiling: WideTiling, group: int, dtype: torch.dtype, bfloat16_scales:
         "TOKENS": tiling.tokens,
         "SPLIT": tiling.split,
         "STAGES": tiling.stages,
-        "CLUSTER": int(tiling.cluster),
         "ROW_BLOCKS": tiling.row_blocks,
     }
 
@@ -146,7 +141,7 @@ def describe(
     """The launches of :func:`multiply`."""
     tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
     tiling = tile(row_blocks, columns, _launch_tokens(tokens), group, at.processors, at.shared_bytes)
-    joined = tiling.split > 1 and not tiling.cluster
+    joined = tiling.split > 1
     main = Launch(
         "marlin_wide.cu:wide",
         nbytes(rows, packed, None if joined else bias),
@@ -154,7 +149,6 @@ def describe(
         grid=(tiling.blocks(row_blocks, tokens),),
         block=(tiling.threads,),
         shared=tiling.shared_bytes(group),
-        cluster=2 if tiling.cluster else 1,
         config=asdict(tiling),
         code=CudaCode("marlin_wide.cu", "wide", _macros(tiling, group, rows.dtype, bfloat16_scales)),
     )
@@ -178,7 +172,7 @@ def multiply(
     tiling = launch.tiling
     out = rows.new_empty(tokens, n)
     partials = None
-    if tiling.split > 1 and not tiling.cluster:
+    if tiling.split > 1:
         partials = torch.empty(tiling.split, tokens, n, dtype=torch.float32, device=rows.device)
     launch.main.launch(
         (tiling.blocks(row_blocks, tokens),),

@@ -3,9 +3,9 @@
 One packed weight (:mod:`awqc.kernels.marlin_layout`) serves every number of tokens M:
 
 * small M: ``marlin_small.cu`` streams the packed weight once for every 16 tokens, bound by memory;
-* on Hopper, larger M: ``marlin_wide.cu`` dequantizes in registers, in front of the tensor cores, and
-  ``marlin_pair.cu`` likewise where rows are few;
-* large M: the weight is written out dense (``marlin_dequantize.cu``) and the matrix product is cuBLAS's.
+* on Hopper, larger M: ``marlin_wide.cu`` dequantizes in registers, in front of the tensor cores,
+  ``marlin_pair.cu`` likewise where rows are few, and ``marlin_many.cu`` where tokens are many;
+* elsewhere: the weight is written out dense (``marlin_dequantize.cu``) and the matrix product is cuBLAS's.
 
 Sums are taken in float32, in an order that the shape alone decides: the same input gives the same bits.
 """
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
-from awqc.kernels import marlin_pair, marlin_stream, marlin_wide
+from awqc.kernels import marlin_many, marlin_pair, marlin_stream, marlin_wide
 from awqc.kernels.cuda_launch import kernel
 from awqc.kernels.extension import implement_in_python
 from awqc.kernels.hardware import Hardware, hardware
@@ -31,8 +31,8 @@ from awqc.kernels.registry import register_kernel
 
 #: Most tokens for which the packed weight is streamed: without Hopper's wide kernel, and with it.
 STREAMED_TOKENS = (64, 16)
-#: Most tokens for the wide kernel.
-WIDE_TOKENS = 1024
+#: Most tokens for the wide kernel; beyond, blocks stay for several tiles.
+WIDE_TOKENS = 128
 #: Threads of a block of ``marlin_dequantize.cu``.
 _THREADS = 128
 _SCHEMA = (
@@ -60,13 +60,13 @@ def qlinear_marlin(
     tokens = rows.shape[0]
     if streams(rows):
         out = marlin_stream.multiply(*arguments)
-    elif tokens <= WIDE_TOKENS and has_bulk_copies(x.device):
+    elif has_bulk_copies(x.device):
         row_blocks, columns = packed.shape[:2]
         tiling = marlin_pair.plan(row_blocks, columns, tokens, group, x.device)
-        if tiling is None:
-            out = marlin_wide.multiply(*arguments)
-        else:
+        if tiling is not None:
             out = marlin_pair.multiply(tiling, *arguments)
+        else:
+            out = (marlin_wide if tokens <= WIDE_TOKENS else marlin_many).multiply(*arguments)
     else:
         weight = dequantize(packed, out_features, x.shape[-1], group, bfloat16_scales, rows.dtype)
         out = F.linear(rows, weight, bias)
@@ -101,12 +101,11 @@ def describe(
     tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
     if tokens <= STREAMED_TOKENS[at.has_bulk_copies]:
         return marlin_stream.describe(at, *arguments)
-    if at.has_bulk_copies and tokens <= WIDE_TOKENS:
-        limit = at.shared_bytes
-        tiling = marlin_pair.tile(row_blocks, columns, tokens, group, at.processors, limit)
-        if tiling is None:
-            return marlin_wide.describe(at, *arguments)
-        return marlin_pair.describe(tiling, *arguments)
+    if at.has_bulk_copies:
+        tiling = marlin_pair.tile(row_blocks, columns, tokens, group, at.processors, at.shared_bytes)
+        if tiling is not None:
+            return marlin_pair.describe(tiling, *arguments)
+        return (marlin_wide if tokens <= WIDE_TOKENS else marlin_many).describe(at, *arguments)
     dense = out_features * rows.shape[1] * rows.itemsize
     written = Launch(
         "marlin_dequantize.cu:dequantize",

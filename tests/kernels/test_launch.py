@@ -58,12 +58,13 @@ def test_what_a_gpu_would_launch(name: str, key: str) -> None:
         found = described(kernel, at, m, n, k)
         # Codes and activations are read, the result is written, whatever else is done.
         assert sum(launch.reads for launch in found) >= n * k // 2 + 2 * m * k
-        assert found[-1].writes == 2 * m * n
+        assert found[-1].writes >= 2 * m * n  # and sums that blocks leave for others
         for launch in found:
             assert launch.shared <= at.shared_bytes
             assert math.prod(launch.block) <= 1024
             assert launch.grid or launch.code is None
-    assert len(described(kernel, at, 5000, n, k)) == 2  # the weight written out, and the product
+    # The weight written out, and the product; on Hopper it is dequantized in front of the tensor cores.
+    assert len(described(kernel, at, 5000, n, k)) == (1 if name == "Marlin" and at.has_bulk_copies else 2)
 
 
 def test_few_tokens_move_little_more_than_the_packed_weight() -> None:

@@ -179,10 +179,10 @@ def test_products(n: int, k: int, m: int, group: int, form: str, tokens: int, dt
     zeros = torch.randint(0, 17, scales.shape, dtype=torch.uint8, device="cuda")
     packed = layout.pack(codes, scales, zeros, group)
     x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
-    found = multiply(tiling, x, packed, bias, n, group, False)
+    found = multiply(x, packed, bias, n, group, False, tiling)
     assert_near(found, x, dequantize(codes, scales, zeros, group, torch.float64), bias)
     for _ in range(3):
-        assert torch.equal(multiply(tiling, x, packed, bias, n, group, False), found)
+        assert torch.equal(multiply(x, packed, bias, n, group, False, tiling), found)
 
 
 def assert_near(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:

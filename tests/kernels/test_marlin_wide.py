@@ -35,19 +35,32 @@ def test_the_kernel_compiles_without_spills_and_waits(tokens: int, bfloat16: int
     """The compiler says so when it has to wait for each matrix product, or to keep registers in memory."""
     flags = ["--gpu-architecture=sm_90a", "--std=c++17", "--ptxas-options=-v"]
 
-    def compiles(group: int, split: int, scales: int, **more: int) -> None:
+    def compiles(group: int, split: int, scales: int, row_blocks: int) -> None:
         defines = {"BF16": bfloat16, "SCALE_BF16": scales, "TOKENS": tokens, "SPLIT": split, "STAGES": 3}
-        defines |= {"GROUP": group, **more}
+        defines |= {"GROUP": group, "ROW_BLOCKS": row_blocks}
         options = [*flags, *(f"-D{key}={value}" for key, value in defines.items())]
         _, log = nvrtc.compile_with_log(read_source("marlin_wide.cu"), options, "marlin_wide.cu")
         assert "Potential Performance Loss" not in log
         assert "0 bytes spill stores" in log
 
-    for group, split, scales in ((32, 1, 1), (64, 2, 0), (128, 4, 1), (128, 8, 0), (128, 2, 1), (32, 2, 0)):
-        compiles(group, split, scales, CLUSTER=int(split == 2 and group != 64))
-    if tokens <= 64:
-        for group, cluster in ((32, 0), (128, 1)):
-            compiles(group, 2, 0, CLUSTER=cluster, ROW_BLOCKS=4)
+    for group, split, scales in ((32, 1, 1), (64, 2, 0), (128, 4, 1), (128, 8, 0)):
+        for row_blocks in (2, 4) if tokens <= 64 else (2,):
+            compiles(group, split, scales, row_blocks)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens", "expected"),
+    [
+        (128, 224, 32, (4, 4)),
+        (128, 224, 64, (4, 4)),
+        (128, 224, 128, (2, 2)),
+        (64, 112, 32, (2, 4)),
+        (224, 32, 64, (2, 1)),
+    ],
+)
+def test_how_products_are_cut(rows: int, columns: int, tokens: int, expected: tuple[int, int]) -> None:
+    tiling = tile(rows, columns, tokens, 128, 132, LIMIT)
+    assert (tiling.row_blocks, tiling.split) == expected
 
 
 @pytest.mark.gpu
@@ -56,7 +69,7 @@ def test_the_kernel_compiles_without_spills_and_waits(tokens: int, bfloat16: int
 @pytest.mark.parametrize(
     ("n", "k", "m"), [(4096, 4096, 512), (200, 520, 70), (128, 256, 300), (1000, 14336, 33)]
 )
-def test_clusters_and_more_rows_change_no_bit(
+def test_more_rows_change_no_bit(
     n: int, k: int, m: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums are those of a launch that joins partial ones, which adds the same two numbers."""
@@ -67,11 +80,11 @@ def test_clusters_and_more_rows_change_no_bit(
     packed = layout.pack(codes, scales, torch.full_like(scales, 7).byte(), 64)
     x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
     found = []
-    for cluster, row_blocks in ((False, 2), (True, 2), *([(False, 4), (True, 4)] if tokens <= 64 else [])):
+    for row_blocks in (2, 4) if tokens <= 64 else (2,):
         tiling = next(
             fitting
             for stages in (5, 4, 3, 2)
-            if (fitting := WideTiling(tokens, 2, stages, cluster, row_blocks)).shared_bytes(64) <= LIMIT
+            if (fitting := WideTiling(tokens, 2, stages, row_blocks)).shared_bytes(64) <= LIMIT
         )
         monkeypatch.setattr(marlin_wide, "tile", lambda *_, tiling=tiling: tiling)
         marlin_wide.wide.cache_clear()
