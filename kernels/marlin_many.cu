@@ -24,7 +24,7 @@ constexpr int FEW_REGISTERS = 56, REGISTERS = 224;  // of those who copy, and of
 constexpr int SUMS = TOKENS / 2;        // of a thread
 constexpr int ABREAST = 2048 / TOKENS;  // tiles of tokens that go through the rows together
 // Where things lie in shared memory: activations, weights, barriers.
-constexpr int W_RING = STAGES * 2 * X_HALF, FULL = W_RING + STAGES * W_STAGE, EMPTY = FULL + 8 * STAGES;
+constexpr int W_RING = STAGES * 2 * X_HALF, FULL = W_RING + STAGES * W_STAGE, EMPTY = FULL + 16 * STAGES;
 
 extern __shared__ __align__(1024) u8 shared[];
 
@@ -71,19 +71,22 @@ __device__ __forceinline__ void store(const float* acc, u8* staged, u16* y, cons
     }
     store_transposed(to + c * 2048, pairs);
   }
+  hand_to_copies();  // which come once these sums are read
   warpgroup_barrier(group);
   const int row = row0 + (thread & 7) * 8;
   if (row >= n) return;
   const int first = thread >> 3, end = min(COUNT * 2, tokens - token0);
   const u8* from = staged + first * 128 + ((thread & 7) ^ (first & 7)) * 16;
   u16* at = y + long(token0 + first) * n + row;
+  if (n % 8 == 0) {
 #pragma unroll 8
-  for (int token = first; token < end; token += 16, from += 2048, at += 16 * n) {
-    if (n % 8 == 0) {
+    for (int token = first; token < end; token += 16, from += 2048, at += 16 * n)
       *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(from);
-    } else {
+  } else {
+#pragma unroll 1
+    for (int token = first; token < end; token += 16, from += 2048, at += 16 * n)
+#pragma unroll 1
       for (int i = 0; i < min(8, n - row); ++i) at[i] = reinterpret_cast<const u16*>(from)[i];
-    }
   }
 }
 
@@ -100,7 +103,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 
   if (threadIdx.x == CONSUMERS) {
     for (int i = 0; i < STAGES; ++i) {
-      init_barrier(full + 8 * i, COPIERS);
+      // The second half of the activations has a barrier of its own, so that the first can be multiplied before.
+      init_barrier(full + 16 * i, COPIERS - 1);
+      init_barrier(full + 16 * i + 8, 1);
       init_barrier(empty + 8 * i, CONSUMERS / 32);
     }
     publish_barriers();
@@ -126,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       const u32 weight_bytes = block < row_blocks ? BLOCK_BYTES : 0;
       const u8* from = packed + long(block) * k_blocks * BLOCK_BYTES;
       for (int step = piece.begin; step < piece.end; ++step) {
-        const u32 barrier = full + 8 * slot;
+        const u32 barrier = full + 16 * slot + (copier == 3 ? 8 : 0);
         wait(empty + 8 * slot, parity);
         if (copier < 2) {
           expect(barrier, weight_bytes);
@@ -156,26 +161,30 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   u32 parity = 0;
   while (walk.next(piece)) {
     int before = slot;
-    wait(full + 8 * slot, parity);
+    wait(full + 16 * slot, parity);
     next.load(strips + slot * W_STAGE, 0, lane);
 #pragma unroll 1
     for (int step = piece.begin; step < piece.end; ++step) {
       const u8* stage = strips + slot * W_STAGE;
       const u64 x = descriptor(base + slot * 2 * X_HALF);
+      const u32 second = full + 16 * slot + 8, second_parity = parity;
       const int done = before;
       before = slot;
       if (++slot == STAGES) slot = 0, parity ^= 1;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         next.dequantize(a[half]);
-        if (half == 0) next.load(stage, 1, lane);
+        if (half == 0)
+          next.load(stage, 1, lane);
+        else
+          wait(second, second_parity);
         begin_products();
 #pragma unroll
         for (int s = 0; s < SET; ++s)
           wgmma(acc, a[half][s], x + half * (X_HALF >> 4) + s * 2, step > piece.begin || half || s);
         commit_products();
         if (half == 1 && step + 1 < piece.end) {
-          wait(full + 8 * slot, parity);
+          wait(full + 16 * slot, parity);
           next.load(strips + slot * W_STAGE, 0, lane);
         }
         // The half before this one is done with its registers, and after a stage's first the stage before is free.
@@ -226,7 +235,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     }
     warpgroups_barrier<CONSUMERS>();  // the last stage has served both
     store<SUMS>(acc, ring + (2 * before + group) * X_HALF, y, bias, row0, token0, tokens, n, group);
-    hand_to_copies();
     __syncwarp();
     arrive_if(lane == 0, empty + 8 * before);
 #endif
