@@ -1,19 +1,17 @@
-"""The graph: ATen ops over named parameters, the facts that passes have established, and execution."""
+"""The graph: ATen ops over named parameters, and the facts that passes have established."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from awqc.errors import VerifyError
+from awqc.program import Env, execute
 from awqc.weights import Weights
 
-Env = dict[fx.Node, Any]
 F = TypeVar("F")
 
 
@@ -152,69 +150,6 @@ class Graph:
             if _makes_default(node):
                 node.kwargs = {**node.kwargs, "dtype": dtype}
         return result
-
-
-def execute(
-    nodes: Iterable[fx.Node],
-    env: Env,
-    weights: Weights | Mapping[str, Tensor],
-    keep: Iterable[fx.Node] | None = None,
-    tap: Callable[[fx.Node, Any], None] | None = None,
-    calls: Mapping[fx.Node, Callable[..., Any]] = MappingProxyType({}),
-) -> None:
-    """Run ``nodes`` in order, reading and writing values in ``env``.
-
-    Args:
-        nodes: a slice of a graph in execution order.
-        env: values of the nodes computed before; updated in place.
-        weights: values of ``get_attr`` nodes.
-        keep: nodes whose values must remain; all others of ``nodes`` are freed after their last use
-            within the slice. None keeps everything.
-        tap: called with every node and its value right after it is computed.
-        calls: what to call for a node instead of its op.
-    """
-    nodes = [n for n in nodes if n.op == "call_function"]
-    done = _last_reads(nodes) if isinstance(weights, Weights) and weights.streamed else {}
-    last: dict[fx.Node, fx.Node] = {}
-    if keep is not None:
-        kept = set(keep)
-        for node in nodes:
-            for operand in node.all_input_nodes:
-                if operand not in kept:
-                    last[operand] = node
-        free: dict[fx.Node, list[fx.Node]] = {}
-        for operand, node in last.items():
-            free.setdefault(node, []).append(operand)
-
-    def value(operand: fx.Node) -> Any:
-        return weights[str(operand.target)] if operand.op == "get_attr" else env[operand]
-
-    with torch.no_grad():
-        for node in nodes:
-            args = map_arg(node.args, value)
-            kwargs = map_arg(node.kwargs, value)
-            call: Any = calls.get(node, node.target)
-            env[node] = call(*args, **kwargs)
-            if tap is not None:
-                tap(node, env[node])
-            if node in done and isinstance(weights, Weights):
-                del args, kwargs
-                for name in done[node]:
-                    weights.drop(name)
-            if keep is not None:
-                for operand in free.get(node, ()):
-                    env.pop(operand, None)
-                if node not in last and node not in kept:
-                    env.pop(node, None)
-
-
-def _last_reads(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[str]]:
-    """Nodes -> the parameters that none of ``nodes`` reads after them."""
-    last = {operand: node for node in nodes for operand in node.all_input_nodes if operand.op == "get_attr"}
-    found: dict[fx.Node, list[str]] = {}
-    for operand, node in last.items():
-        found.setdefault(node, []).append(str(operand.target))
-    return found
 
 
 def live_after(graph: Graph, position: int, outputs: Iterable[fx.Node] = ()) -> list[fx.Node]:

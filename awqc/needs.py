@@ -22,6 +22,7 @@ from awqc.errors import ConfigError
 from awqc.functional import bases
 from awqc.graph import Graph
 from awqc.memory import FLOAT, Kind, MemoryLimit, activations_place, choose_kinds, stage_bytes, weight_bytes
+from awqc.observers.dependence import dependent_on, weight_only
 from awqc.observers.stages import Stage, Stages
 from awqc.views import expert_linear, linear
 
@@ -168,8 +169,6 @@ class _Liveness:
     """Which values of one sample are there at a time; a view is the memory of what it is a view of."""
 
     def __init__(self, graph: Graph) -> None:
-        from awqc.observers.activations import dependent_on, weight_only
-
         self.nodes: Sequence[fx.Node] = graph.nodes
         order, base = graph.order(), bases(graph)
         varying = dependent_on(graph, lambda node: node.op == "placeholder") - weight_only(graph)

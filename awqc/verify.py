@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from awqc.capture import relative_error
 from awqc.errors import VerifyError
-from awqc.graph import Env, Graph
+from awqc.graph import Graph
 from awqc.observers.activations import Activations
 from awqc.observers.stages import Stage
+from awqc.program import Env
 from awqc.views import linear
 
 #: Tokens on which the outputs of a stage's linears are compared.

@@ -19,7 +19,8 @@ from awqc.capture.subject import Subject
 from awqc.capture.tracing import evaluation_mode, quick_tracing, reason
 from awqc.errors import CaptureError
 from awqc.functional import functionalize
-from awqc.graph import Env, Graph, execute
+from awqc.graph import Graph
+from awqc.program import Env, execute
 from awqc.storage.source import swapped_tensors
 from awqc.views import BUFFER, PARAMETER
 

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_flatten
 from awqc.context import Context
 from awqc.errors import ConfigError, NonFiniteError
 from awqc.functional import rewrites
-from awqc.graph import Env, Graph, execute
+from awqc.graph import Graph
 from awqc.memory import activations_place, choose_kinds
+from awqc.observers.dependence import dependent_on, weight_only
 from awqc.observers.dispatch import Rerouting, choice
 from awqc.observers.expert_statistics import ExpertStatistics
 from awqc.observers.input_statistics import InputStatistics, split_sample
@@ -30,9 +31,10 @@ from awqc.observers.products import gram_products, propagation_dtype, rounded_li
 from awqc.observers.samples import Samples
 from awqc.observers.stages import Observer, Stage, Stages
 from awqc.observers.statistics import Statistics
-from awqc.scaleflow.groups import ScaleGroup, ScaleGroups
+from awqc.program import Env, Program, execute
+from awqc.scaleflow.groups import ScaleGroup
 from awqc.scaleflow.op import op_name
-from awqc.views import ExpertLinear, expert_linears, linears, shape
+from awqc.views import ExpertLinear, shape
 from awqc.weights import Weights
 
 
@@ -128,11 +130,17 @@ class Activations:
         routed = [s.view for s in statistics.by_expert.values() if s.view not in self._rerouted]
         dispatched = [node for view in routed for node in (view.x, view.offsets) if node is not None]
         ranks, count = self.context.ranks, len(self.context.batches)
-        calls = self._calls_behind([*statistics, *dispatched])
+        wanted = [*statistics, *dispatched]
+        program: Program | None = None
         for start in range(0, count, ranks.count):
             # One sample of each process; at the end some have none left.
             sample = self.samples[start // ranks.count] if start + ranks.rank < count else None
-            values = {} if sample is None else self.evaluate([*statistics, *dispatched], sample, calls=calls)
+            values: Env = {}
+            if sample is not None:
+                values = {**self._static, **sample}
+                # What is known of one sample is known of all.
+                program = program or self._program(wanted, values, self._calls_behind(wanted))
+                program.run(values, self.graph.weights)
             with gram_products(self._dtype, device):
                 self._add(statistics, values, sample, start)
         for observer in stage.observers:
@@ -194,25 +202,37 @@ class Activations:
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``: values computed before it are divided alike."""
         self.events.append((group.name, scales))
+        alike = {
+            node: group.scale_of(node, scales)
+            for node, value in group.values.items()
+            if value.routing is None
+        }
         for index, sample in enumerate(self.samples):
-            if _divide(sample, group, scales):
+            if _divide(sample, group, scales, alike):
                 self.samples[index] = sample
-        _divide(self.history, group, scales)
+        _divide(self.history, group, scales, alike)
 
     def evaluate(
         self,
         wanted: Iterable[fx.Node],
         known: Env,
         weights: Weights | None = None,
-        calls: Mapping[fx.Node, Callable[..., Any]] = MappingProxyType({}),
     ) -> Env:
         """Values of ``wanted``, computed from ``known`` and the current weights (or ``weights``) where
-        they are missing; ``calls`` as for :func:`awqc.graph.execute`."""
+        they are missing."""
         wanted = list(wanted)
         env = {**self._static, **known}
-        values = weights or self.graph.weights
-        execute(self._missing(wanted, env), env, values, keep=[*wanted, *known], calls=calls)
+        self._program(wanted, env).run(env, weights or self.graph.weights)
         return {node: env[node] for node in wanted}
+
+    def _program(
+        self,
+        wanted: Iterable[fx.Node],
+        known: Env,
+        calls: Mapping[fx.Node, Callable[..., Any]] = MappingProxyType({}),
+    ) -> Program:
+        """What computes ``wanted`` from ``known``, which stays."""
+        return Program(self._missing(wanted, known), [*wanted, *known], calls)
 
     def _missing(self, wanted: Iterable[fx.Node], env: Env) -> list[fx.Node]:
         """Nodes to run, in order, so that every wanted value exists."""
@@ -263,9 +283,10 @@ class Activations:
         run = sorted({*run, *self._missing(before, {})}, key=self._order.__getitem__)
         keep = self._live(end)
         calls = rounded_linears(run, self._dtype)
+        first, others = Program(run, None, calls), Program(run, keep, calls)
         for index, sample in enumerate(self.samples):
             env = {**self._static, **sample}
-            execute(run, env, self.graph.weights, keep=None if index == 0 else keep, calls=calls)
+            (others if index else first).run(env, self.graph.weights)
             if index == 0:
                 self.history.update({n: env[n] for n in (*sample, *run) if n not in self.weight_only})
             self.samples[index] = {n: env[n] for n in keep if n not in self._static}
@@ -353,32 +374,20 @@ class Activations:
         )
 
 
-def _divide(env: Env, group: ScaleGroup, scales: Tensor) -> bool:
-    """Divide the values in ``env`` that ``scales`` divide; whether there are any."""
+def _divide(env: Env, group: ScaleGroup, scales: Tensor, alike: dict[fx.Node, Tensor | None]) -> bool:
+    """Divide the values in ``env`` that ``scales`` divide; whether there are any.
+
+    Args:
+        alike: what divides values that are divided alike in every sample; filled here.
+    """
     found = False
     for node in list(env):
-        divisor = group.scale_of(node, scales, env)
+        value = group.values.get(node)
+        if value is None:
+            continue
+        divisor = alike[node] if node in alike else group.scale_of(node, scales, env)
+        if value.routing is None:
+            alike[node] = divisor
         if divisor is not None:
             env[node], found = env[node] / divisor.to(env[node].dtype), True
-    return found
-
-
-def weight_only(graph: Graph) -> set[fx.Node]:
-    """Nodes that depend on parameters that passes may change, and on no input."""
-    changeable = {view.parameter for view in linears(graph)}
-    changeable |= {view.parameter for view in expert_linears(graph)}
-    if ScaleGroups in graph.facts:
-        changeable |= {part.parameter for group in graph.facts[ScaleGroups] for part in group.parts}
-    on_inputs = dependent_on(graph, lambda n: n.op == "placeholder")
-    on_weights = dependent_on(graph, lambda n: n.op == "get_attr" and str(n.target) in changeable)
-    return {n for n in on_weights - on_inputs if n.op == "call_function"}
-
-
-def dependent_on(graph: Graph, source: object) -> set[fx.Node]:
-    """All nodes for which ``source(node)`` holds, and everything computed from them."""
-    assert callable(source)
-    found: set[fx.Node] = set()
-    for node in graph.fx.nodes:
-        if source(node) or any(operand in found for operand in node.all_input_nodes):
-            found.add(node)
     return found

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, fx
 
-from awqc.graph import Env, Graph
+from awqc.graph import Graph
+from awqc.program import Env
 from awqc.views import ExpertLinear, expert_linears, linear, operand, shape
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from awqc.checkpoints.tensors import read_header, read_tensor
 from awqc.errors import JournalError
-from awqc.graph import Env
+from awqc.program import Env
 
 Place = Literal["device", "host", "disk"]
 

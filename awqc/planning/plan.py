@@ -32,7 +32,7 @@ from awqc.graph import Graph
 from awqc.made_up import stand_ins
 from awqc.memory import SHARD_SHARE, MemoryLimit, memory_limit
 from awqc.needs import Needs, StageNeeds, check_fits, stage_needs
-from awqc.observers.activations import dependent_on
+from awqc.observers.dependence import dependent_on
 from awqc.observers.products import propagation_dtype
 from awqc.observers.stages import Stage, Stages
 from awqc.pipeline import Pass, Pipeline

@@ -22,7 +22,7 @@ from awqc.checkpoints import (
 )
 from awqc.checkpoints.shards import MAX_SHARD_BYTES
 from awqc.errors import CheckpointError
-from awqc.graph import execute
+from awqc.program import execute
 from awqc.quantized import QuantizedWeight
 from awqc.report import REPORT_FILE, Report
 from awqc.runtime.experts import QuantExperts

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-import awqc.observers.activations
 from awqc.context import Context
 from awqc.errors import NonFiniteError
 from awqc.graph import Graph
@@ -20,6 +19,7 @@ from awqc.observers.statistics import Statistics
 from awqc.passes.calibrate import Calibrate
 from awqc.passes.round_weights import RoundWeights
 from awqc.pipeline import Pipeline
+from awqc.program import Program
 from awqc.quantization.schemes import Schemes
 from awqc.scaleflow.groups import ScaleGroups
 from tests.passes.graphs import ANALYSIS, OBSERVED, Look, Mlp, context_of, graph_of, run, samples
@@ -134,14 +134,13 @@ def test_every_op_runs_once_for_every_sample(monkeypatch: pytest.MonkeyPatch) ->
     graph, context = graph_of(TwoBlocks(), **batches[0]), context_of(batches)
     Pipeline(ANALYSIS).run(graph, context)
     runs: Counter[str] = Counter()
-    execute = awqc.observers.activations.execute
 
-    def counting(nodes: Any, *args: Any, **kwargs: Any) -> None:
-        nodes = list(nodes)
-        runs.update(n.name for n in nodes if n.op == "call_function")
-        execute(nodes, *args, **kwargs)
+    def counted(self: Program, *args: Any, **kwargs: Any) -> None:
+        runs.update(step.node.name for step in self._steps)
+        run(self, *args, **kwargs)
 
-    monkeypatch.setattr(awqc.observers.activations, "execute", counting)
+    run = Program.run
+    monkeypatch.setattr(Program, "run", counted)
     activations = Activations(graph, graph.facts[Stages], context)
     for stage in graph.facts[Stages]:
         activations.observe(stage)
