@@ -21,6 +21,8 @@ from awqc.weights import StandIns
 #: Normal numbers that all weights are made of, each from a place of its own on. A prime, so that no row of a
 #: weight is like another.
 _NUMBERS = 4_194_301
+#: Every weight begins at a multiple of so many numbers: kernels ask for 16 bytes.
+_ALIGNED = 64
 #: Copies of the weights that checks of whole graphs need at once when they are held: in float64, and folded.
 _COPIES = 4
 
@@ -42,7 +44,7 @@ def stand_ins(source: ModelSource, limit: MemoryLimit, device: torch.device) -> 
         if like is None or not like.is_meta or not like.is_floating_point():
             return source.read(name).clone()
         numbers = drawn.to(dtype or like.dtype)  # before there are many of them
-        first, count = zlib.crc32(name.encode()) % _NUMBERS, like.numel()
+        first, count = zlib.crc32(name.encode()) % (_NUMBERS // _ALIGNED) * _ALIGNED, like.numel()
         flat = numbers.repeat(-(-(first + count) // _NUMBERS))[first : first + count]
         value = flat.view(like.shape)
         # Products keep the size of what they multiply, and norms are about one.

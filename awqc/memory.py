@@ -27,10 +27,15 @@ Kind = Literal["full", "offloaded", "sampled"]
 FLOAT = 4
 #: Tokens in the sample of a ``sampled`` activation, for searching and held out each.
 SAMPLED_ROWS = 2048
-#: Copies of a weight in float32 that a pass over it needs: compensated rounding holds the weight, joined with
-#: those that read the same input, its permuted copy, what is wanted of it, codes, and scales and zero points
-#: of every column; others a few temporary ones.
-ROUNDING_COPIES, OTHER_COPIES = 8, 6
+#: Tokens that are added to a Gram matrix at once, at most, and as a share of its width: it is read and
+#: written each time, and they wait in memory. Of an expert's, of which there are many, an eighth.
+_ADDED_ROWS, _ADDED_SHARE, _OF_EXPERT = 2048, 2, 8
+#: Elements of weights that compensated rounding handles at once.
+ROUNDED_AT_ONCE = 1 << 26
+#: Copies in float32 of what is handled at once: its rows joined, permuted, what is wanted of them, codes, and
+#: scales and zero points of every column. Of all weights that read an input there are codes in bytes, twice.
+#: Other passes need a few temporary copies of a weight beside it.
+_ROUNDING_COPIES, _CODES_BYTES, _OTHER_COPIES = 7, 2, 5
 #: Gram matrices that a factorization needs beside the one that it is of: a damped one and its factor, or the
 #: factor and that in the order of visits. One of them is left for rounding.
 FACTOR_COPIES = 2
@@ -138,7 +143,14 @@ def statistics_bytes(kind: Kind, width: int, group: int, matrices: int = 1) -> i
     ``width`` channels (those of experts are apart)."""
     if kind == "sampled":
         return 2 * FLOAT * width * (min(group, width) + SAMPLED_ROWS)
-    return (matrices if kind == "full" else 1) * 2 * FLOAT * width * width
+    apart = matrices - 1 if kind == "full" else 0
+    waiting = added_rows(width) + apart * added_rows(width, expert=True)
+    return 2 * FLOAT * width * ((1 + apart) * width + waiting)
+
+
+def added_rows(width: int, expert: bool = False) -> int:
+    """Tokens of an activation of ``width`` channels that are added to a Gram matrix at once."""
+    return max(1, min(_ADDED_ROWS, width // _ADDED_SHARE) // (_OF_EXPERT if expert else 1))
 
 
 def weight_bytes(views: Iterable[Linear | ExpertLinear]) -> int:
@@ -154,8 +166,9 @@ def working_bytes(observer: Observer, kind: Kind, compensated: bool) -> int:
     views, width = observer.views, observer.in_features
     rows = max(sum(v.out_features for v in observer.linears), *(v.out_features for v in views))
     gram = FLOAT * width * width
-    rounding = max(FACTOR_COPIES * gram, gram + (ROUNDING_COPIES - 1) * FLOAT * rows * width)
-    other = (OTHER_COPIES - 1) * FLOAT * max(v.out_features for v in views) * width
+    at_once = _ROUNDING_COPIES * FLOAT * min(rows * width, max(ROUNDED_AT_ONCE, width))
+    rounding = max(FACTOR_COPIES * gram, gram + at_once + _CODES_BYTES * rows * width)
+    other = _OTHER_COPIES * FLOAT * max(v.out_features for v in views) * width
     return max(rounding, other) if compensated and kind != "sampled" else other
 
 

@@ -372,29 +372,29 @@ class _Runner:
                 failure = str(error).partition(". ")[0]
             else:
                 return
-            # Outside of the handler, whose traceback holds on to what the pass had.
-            self._relieve(current, failure)
+            self._relieve(current, failure, less=attempt > 0)  # the handler's traceback would hold on to it
 
     def _progress(self) -> tuple[int, ...]:
         activations = self.graph.facts.get(Activations)
         return (*self._state(), 0 if activations is None else len(activations.events))
 
-    def _relieve(self, current: Pass, failure: str) -> None:
-        """Take off the device what can be elsewhere, and decide from now on as if it were smaller."""
+    def _relieve(self, current: Pass, failure: str, less: bool) -> None:
+        """Give back what the device holds unused: there may have been enough, but in pieces. With ``less`` take
+        off the device what can be elsewhere, and decide from now on as if it were smaller."""
         context, device = self.context, self.graph.weights.device
-        limit = context.limit
-        if limit.device is None and device.type == "cuda":
-            limit = replace(limit, device=torch.cuda.get_device_properties(device).total_memory)
-        context.limit = limit.halved()
-        statistics = self.graph.facts.get(Statistics)
-        if statistics is not None:
-            statistics.offload()
         self.graph.weights.release()
+        if less:
+            limit = context.limit
+            if limit.device is None and device.type == "cuda":
+                limit = replace(limit, device=torch.cuda.get_device_properties(device).total_memory)
+            context.limit = limit.halved()
+            statistics = self.graph.facts.get(Statistics)
+            if statistics is not None:
+                statistics.offload()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         stage = context.stage.observers[0].name if context.stage is not None else "the whole graph"
         size = "" if context.limit.device is None else f", at most {context.limit.device / 1e9:.1f} GB,"
-        context.report.note(
-            current.name, f"ran out of memory on {stage} ({failure}): done again with less{size} on {device}"
-        )
+        with_less = f" with less{size} on {device}" if less else ""
+        context.report.note(current.name, f"ran out of memory on {stage} ({failure}): done again{with_less}")

@@ -98,6 +98,11 @@ class Grid:
         """The weight ``(N, K)`` that ``codes`` stand for."""
         return (codes - self.expand(self.zeros)) * self.expand(self.scales)
 
+    def rows(self, part: range) -> Grid:
+        """The grid of the rows numbered ``part`` of a weight ``(N, K)``."""
+        some = slice(part.start, part.stop)
+        return Grid(self.scales[some], self.zeros[some], self.scheme, self.in_features)
+
     def sample(self, most: int) -> Grid:
         """The grid of the rows that :func:`sample_rows` takes of a weight."""
         scales, zeros = sample_rows(self.scales, most), sample_rows(self.zeros, most)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.memory import Kind
+from awqc.memory import ROUNDED_AT_ONCE, Kind
 from awqc.observers.grams import Gram
 from awqc.observers.stages import Observer
 from awqc.observers.statistics import Statistics
@@ -38,10 +39,6 @@ from awqc.ranks import ROWS, Ranks
 from awqc.views import ExpertLinear, Linear
 from awqc.weights import Rounded
 from awqc.work import Work, gram_rows, matrices_of, quantized_views
-
-#: Elements of experts' weights, or of their Gram matrices, that are handled at once; some six copies of them
-#: are needed.
-_ELEMENTS = 1 << 26
 
 
 class _Rounded(NamedTuple):
@@ -96,9 +93,10 @@ class RoundWeights(Pass):
             work["flops"] += (1 + self.sweeps) * count * n * k * k
             # Steps are shared by all that read an input; so are factors, and some experts at a time.
             key = observer.name, scheme, isinstance(view, ExpertLinear)
-            at_once = max(1, _ELEMENTS // (k * max(n, k)))
+            at_once = max(1, ROUNDED_AT_ONCE // (k * max(n, k)))
             work["factored"] += 0 if key in steps else count * k**3 // 3
-            steps[key] = k * (1 + self.sweeps) * -(-count // at_once)
+            rows = max(1, ROUNDED_AT_ONCE // k)
+            steps[key] = k * (1 + self.sweeps) * -(-count // at_once) * -(-n // rows)
         work["columns"] += sum(steps.values())
         return work
 
@@ -173,46 +171,60 @@ class RoundWeights(Pass):
         self, weights: list[list[Tensor]], grids: list[list[Grid]], grams: list[Gram], ranks: Ranks
     ) -> list[list[Tensor]]:
         """Codes ``(N, K)`` of every weight, from one run over the columns of all that share a Gram matrix and
-        of some experts at a time; nothing if rounding is to the nearest, as it is where a Gram matrix is not
-        held. The rows of a single run are divided among processes."""
+        of some rows or experts at a time; nothing if rounding is to the nearest, as it is where a Gram matrix
+        is not held. The rows of a single run are divided among processes."""
         full = [gram for gram in grams if isinstance(gram, Tensor)]
         if self.method == "nearest" or len(full) < len(grams):
             return []
         device = weights[0][0].device
-        joined = [torch.cat(together) if len(together) > 1 else together[0] for together in weights]
-        at_once = max(1, _ELEMENTS // (joined[0].shape[1] * max(joined[0].shape)))
+        n, k = sum(len(w) for w in weights[0]), weights[0][0].shape[1]
+        at_once = max(1, ROUNDED_AT_ONCE // (k * max(n, k)))
         found = []
-        for start in range(0, len(joined), at_once):
-            chunk = range(start, min(start + at_once, len(joined)))
+        for start in range(0, len(weights), at_once):
+            chunk = range(start, min(start + at_once, len(weights)))
             here = [full[e].to(device) for e in chunk]
             orders = [visiting_order(gram) for gram in here]
             factors = [feedback(gram, order) for gram, order in zip(here, orders, strict=True)]
-            columns = [ColumnGrid.of(join(grids[e]), order) for e, order in zip(chunk, orders, strict=True)]
+            together = [join(grids[e]) for e in chunk]
             if len(chunk) == 1:
-                codes = [self._rows(joined[start], columns[0], factors[0], here[0], orders[0], ranks)]
+                codes = [self._rows(weights[start], together[0], factors[0], here[0], orders[0], ranks)]
             else:
-                several = torch.stack([joined[e] for e in chunk])
+                joined = [torch.cat(weights[e]) for e in chunk]
+                columns = [ColumnGrid.of(grid, order) for grid, order in zip(together, orders, strict=True)]
                 grid = ColumnGrid.stack(columns)
-                stacked = compensated_codes(several, grid, torch.stack(factors), torch.stack(orders))
+                stacked = compensated_codes(
+                    torch.stack(joined), grid, torch.stack(factors), torch.stack(orders)
+                )
                 codes = [
-                    self._swept(one, joined[e], columns[i], here[i], orders[i])
-                    for i, (e, one) in enumerate(zip(chunk, stacked.unbind(1), strict=True))
+                    self._swept(one, joined[i], columns[i], here[i], orders[i])
+                    for i, one in enumerate(stacked.unbind(1))
                 ]
             for i, e in enumerate(chunk):
                 found.append(list(in_place(codes[i], orders[i]).split([len(w) for w in weights[e]])))
         return found
 
     def _rows(
-        self, weight: Tensor, grid: ColumnGrid, factor: Tensor, gram: Tensor, order: Tensor, ranks: Ranks
+        self, weights: list[Tensor], grid: Grid, factor: Tensor, gram: Tensor, order: Tensor, ranks: Ranks
     ) -> Tensor:
-        """Codes ``(K, N)`` of one weight, some of its rows by each process."""
+        """Codes ``(K, N)`` of the rows of ``weights``, some at a time, and some by each process: no row knows
+        of another."""
+        bounds = list(accumulate((len(weight) for weight in weights), initial=0))
+
+        def some(part: range) -> Tensor:
+            pieces = [
+                weight[max(part.start - first, 0) : max(part.stop - first, 0)]
+                for first, weight in zip(bounds, weights, strict=False)
+            ]
+            rows, columns = torch.cat(pieces), ColumnGrid.of(grid.rows(part), order)
+            codes = compensated_codes(rows, columns, factor, order)
+            return self._swept(codes, rows, columns, gram, order).to(torch.uint8)
 
         def of(part: range) -> Tensor:
-            rows, some = weight[part.start : part.stop], grid.rows(part)
-            codes = compensated_codes(rows, some, factor, order)
-            return self._swept(codes, rows, some, gram, order).to(torch.uint8)
+            at_once = max(ROWS, ROUNDED_AT_ONCE // grid.in_features // ROWS * ROWS)
+            starts = range(part.start, part.stop, at_once)
+            return torch.cat([some(range(at, min(at + at_once, part.stop))) for at in starts], 1)
 
-        return torch.cat(ranks.map(of, ranks.ranges(len(weight), ROWS), weight.device), 1).float()
+        return torch.cat(ranks.map(of, ranks.ranges(bounds[-1], ROWS), gram.device), 1)
 
     def _swept(self, codes: Tensor, weight: Tensor, grid: ColumnGrid, gram: Tensor, order: Tensor) -> Tensor:
         for _ in range(self.sweeps):

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.node import map_arg
 
 from awqc.capture import capture, eager_outputs
 from awqc.errors import CaptureError, VerifyError
 from awqc.made_up import stand_ins
 from awqc.memory import MemoryLimit
+from awqc.program import Env, Program
 from awqc.scaleflow.sites import Site
 from awqc.storage.source import ModelSource, aliases, named_tensors, open_source
 from awqc.weights import Weights
@@ -108,17 +108,24 @@ def test_a_graph_that_differs_from_the_model_is_noticed(
     graph = capture(source, ids(), checks={"ids": ids()})
     assert graph.facts
     assert not [name for name in seen if name.endswith("weight")]
-    monkeypatch.setattr("awqc.graph.map_arg", wrong)
+    run = Program.run
+
+    def wrong(self: Program, env: Env, *rest: Any) -> None:
+        larger = Larger(env)
+        run(self, larger, *rest)
+        env.update(larger)
+
+    monkeypatch.setattr(Program, "run", wrong)
     with pytest.raises(CaptureError, match="differs from eager execution"):
         capture(source, ids(), checks={"ids": ids()}, rung="torch.export")
 
 
-def wrong(arguments: Any, value: Any) -> Any:
-    """As if the graph computed something else: tensors that ops read are a hundredth larger."""
-    found = map_arg(arguments, value)
-    if not isinstance(found, tuple):
-        return found
-    return tuple(x * 1.01 if isinstance(x, Tensor) and x.is_floating_point() else x for x in found)
+class Larger(Env):
+    """As if the graph computed something else: what ops compute is a hundredth larger."""
+
+    def __setitem__(self, node: Any, value: Any) -> None:
+        larger = isinstance(value, Tensor) and value.is_floating_point()
+        super().__setitem__(node, value * 1.01 if larger else value)
 
 
 def test_a_fold_that_changes_the_function_is_noticed(

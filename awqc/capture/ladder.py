@@ -92,6 +92,12 @@ def capture(
         except CaptureError as error:
             failures.append(error)
             notes.append(f"{name}: {error}")
+        except torch.cuda.OutOfMemoryError as error:
+            what = str(error).partition(". ")[0]
+            raise CaptureError(
+                f"{type(subject.module).__name__} does not fit as the whole that {name!r} takes ({what}), "
+                f"and other ways failed: {'; '.join(notes) or 'none was tried'}"
+            ) from error
     raise failures[-1] if failures else CaptureError(f"there is no rung {rung!r} to {purpose} with")
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-from awqc.memory import Kind
+from awqc.memory import Kind, added_rows
 from awqc.observers.grams import Gram, SampledGram
 from awqc.observers.input_statistics import ALONE, HELD_OUT_EVERY, InputStatistics
 from awqc.ranks import Ranks
@@ -69,7 +69,9 @@ class ExpertStatistics:
             self.tokens[index] += 0 if held_out else len(x)
             return
         if index not in self._own:
-            self._own[index] = InputStatistics.empty(self.view.in_features, self._device)
+            width = self.view.in_features
+            empty = InputStatistics.empty(width, self._device)
+            self._own[index] = replace(empty, at_once=added_rows(width, expert=True))
         self._own[index].add(x, held_out, ranks)
 
     def finish(self, ranks: Ranks = ALONE) -> None:
@@ -84,6 +86,7 @@ class ExpertStatistics:
             ]
             return
         for own in self._own.values():
+            own.add_up(ranks)
             for mine, others in zip(layer.sums(), own.sums(), strict=True):
                 mine += others
             layer.tokens += own.tokens

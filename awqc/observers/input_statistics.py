@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from awqc.memory import SAMPLED_ROWS, Kind
+from awqc.memory import SAMPLED_ROWS, Kind, added_rows
 from awqc.observers.grams import Gram, SampledGram
 from awqc.ranks import Ranks
 
@@ -38,6 +38,7 @@ class InputStatistics:
         mean_abs: ``(K,)`` mean of ``|x|`` over the search tokens.
         tokens, held_out_tokens: how many of each.
         share: what share of ``gram`` is due to these tokens, where it is borrowed from a larger set.
+        at_once: rows that are added up together.
     """
 
     gram: Gram
@@ -46,6 +47,9 @@ class InputStatistics:
     tokens: int = 0
     held_out_tokens: int = 0
     share: float = 1.0
+    at_once: int = 1
+    #: Rows that are still to be added up: search tokens, and those held out.
+    _waiting: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []), repr=False)
 
     @staticmethod
     def empty(
@@ -67,21 +71,35 @@ class InputStatistics:
 
         held_out = 1 / HELD_OUT_EVERY
         mean = torch.zeros(width, dtype=torch.float32, device=device)
-        return InputStatistics(gram(1.0 if kind != "sampled" else 1 - held_out), gram(held_out), mean)
+        at_once = added_rows(width) if kind != "sampled" else 1
+        grams = gram(1.0 if kind != "sampled" else 1 - held_out), gram(held_out)
+        return InputStatistics(*grams, mean, at_once=at_once)
 
     def add(self, x: Tensor, held_out: bool, ranks: Ranks = ALONE) -> None:
         """Account for activations ``(tokens, K)``; of the Gram matrix only for the blocks of this rank."""
-        x = x.float()
+        waiting = self._waiting[held_out]
+        waiting.append(x.float())
         if held_out:
-            _add_gram(self.held_out, x, ranks)
             self.held_out_tokens += len(x)
         else:
-            _add_gram(self.gram, x, ranks)
-            self.mean_abs += x.abs().sum(0)
             self.tokens += len(x)
+        if sum(map(len, waiting)) >= self.at_once:
+            self.add_up(ranks)
+
+    def add_up(self, ranks: Ranks = ALONE) -> None:
+        """Account for what is waiting for more rows, so that the sums are those of all."""
+        for gram, waiting in zip((self.gram, self.held_out), self._waiting, strict=True):
+            if not waiting:
+                continue
+            x = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+            waiting.clear()
+            _add_gram(gram, x, ranks)
+            if gram is self.gram:
+                self.mean_abs += x.abs().sum(0)
 
     def finish(self, ranks: Ranks = ALONE) -> None:
         """Complete the symmetric halves and turn sums into means."""
+        self.add_up(ranks)
         for gram in (self.gram, self.held_out):
             if isinstance(gram, SampledGram):
                 continue  # whole in every rank

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from awqc.backend import Backend
+from awqc.memory import added_rows
 from awqc.observers.input_statistics import InputStatistics, gram_block
 from awqc.observers.products import RoundedLinear, gram_products, propagation_dtype
 from awqc.quantization.clipping import clipped_grid
@@ -86,9 +87,12 @@ def measure(
     def taken(work: Callable[[], object]) -> float:
         return _taken(work, device)
 
-    def adding(x: Tensor) -> None:
+    at_once = max(1, added_rows(k) // _ROWS)
+
+    def adding() -> None:
         with gram_products(propagation_dtype(propagate_dtype, torch.float32, device), device):
-            statistics.add(x, held_out=True)
+            for _ in range(at_once):
+                statistics.add(next(inputs), held_out=True)
 
     # Tokens move through memory, not through a cache: every call has an input that is not warm.
     inputs = itertools.cycle([normal(_ROWS, k) for _ in range(_INPUTS)])
@@ -113,7 +117,7 @@ def measure(
     read, written = _disk(folder)
     return Rates(
         flops=taken(lambda: weight @ weight) / (2 * k**3),
-        grams=taken(lambda: adding(next(inputs))) / (_ROWS * k * (k + gram_block(k))),
+        grams=taken(adding) / (at_once * _ROWS * k * (k + gram_block(k))),
         rounded=taken(lambda: moving(next(inputs), weight)) / (2 * _ROWS * k * k),
         moved=taken(lambda: next(inputs) * next(inputs)) / (3 * few.element_size() * _ROWS * k),
         streamed=taken(lambda: large * large) / (2 * large.nbytes),

@@ -74,11 +74,6 @@ class ColumnGrid:
             scales = scales / columns.T[order]
         return ColumnGrid(scales, zeros, grid.scheme.levels)
 
-    def rows(self, part: range) -> ColumnGrid:
-        """The grid of some rows of the weight."""
-        some = slice(part.start, part.stop)
-        return ColumnGrid(self.scales[:, some], self.zeros[:, some], self.levels)
-
     @staticmethod
     def stack(grids: Sequence[ColumnGrid]) -> ColumnGrid:
         """The grids of E weights, ``(K, E, N)``."""
