@@ -120,7 +120,7 @@ def compile_source(
     except OSError:
         pass
     cubin, _ = compile_with_log(source, flags, name)
-    _keep(kept, cubin)
+    keep(kept, cubin)
     return cubin
 
 
@@ -184,12 +184,12 @@ def _check(status: int, call: str) -> None:
         raise CompileError(f"{call}: {text(status).decode()}")
 
 
-def _keep(path: Path, data: bytes) -> None:
+def keep(path: Path, data: bytes) -> None:
     """Write ``data`` under its final name at once, so that no other process reads half of it. A folder that
     cannot be written costs a compilation each time, nothing else."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".cubin")
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.replace(draft, path)
