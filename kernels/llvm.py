@@ -58,7 +58,6 @@ def _binding() -> ModuleType | None:
     return binding
 
 
-@functools.cache
 def missing() -> str | None:
     """Why nothing can be compiled for this machine, in one line; None if it can."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -66,20 +65,23 @@ def missing() -> str | None:
     if _binding() is None:
         return "needs llvmlite, which is not installed: pip install 'awqc[cpu]'"
     if openmp() is None:
-        return f"needs torch to use OpenMP, which torch {torch.__version__} here does not"
+        return f"needs OpenMP's threads, which torch {torch.__version__} here does not have"
     if host_isa() is None:
         return "needs a CPU with AVX2, FMA and F16C"
     return None
 
 
 @functools.cache
-def host_isa() -> Isa | None:
-    """The best instruction set that this CPU has."""
+def host_isas() -> tuple[Isa, ...]:
+    """The instruction sets that this CPU has, best first."""
     binding = _binding()
-    if binding is None:
-        return None
-    found = binding.get_host_cpu_features()
-    return next((isa for isa in ISAS if all(found.get(need) for need in isa.needs)), None)
+    found = binding.get_host_cpu_features() if binding else {}
+    return tuple(isa for isa in ISAS if all(found.get(need) for need in isa.needs))
+
+
+def host_isa() -> Isa | None:
+    """The best of them."""
+    return next(iter(host_isas()), None)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def assembly(source: str, isa: Isa) -> str:
 
 def _target(binding: ModuleType, isa: Isa):  # type: ignore[no-untyped-def]
     triple = binding.Target.from_default_triple()
-    return triple.create_target_machine(cpu=isa.cpu, features=isa.features, opt=3, codemodel="jitdefault")
+    return triple.create_target_machine(isa.cpu, isa.features, 3, codemodel="jitdefault")
 
 
 def _optimized(binding: ModuleType, machine, source: str):  # type: ignore[no-untyped-def]

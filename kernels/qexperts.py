@@ -9,7 +9,8 @@ arithmetic of ``awqc::qlinear``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,33 @@ def shares(x: Tensor, y: Tensor, offsets: Tensor | None) -> Iterator[tuple[int, 
         if end > start:
             yield expert, x[start:end], y[start:end]
         start = end
+
+
+def pack_each(
+    pack: Callable[..., tuple[Mapping[str, Tensor | None], tuple[Any, ...]]],
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    **options: Any,
+) -> tuple[dict[str, Tensor | None], tuple[Any, ...]]:
+    """What ``pack`` makes of every expert, stacked; without a bias, which experts have outside.
+
+    Args:
+        pack: of a kernel of ``awqc::qlinear``.
+        codes, scales, zeros, bits, group_size, options: as it takes them, one dimension more.
+    """
+    packed: list[Mapping[str, Tensor | None]] = []
+    for parts in zip(codes, scales, zeros, strict=True):
+        tensors, constants = pack(*parts, None, bits, group_size, **options)
+        packed.append(tensors)
+    together: dict[str, Tensor | None] = {}
+    for name in packed[0]:
+        found = [tensor for one in packed if (tensor := one[name]) is not None]
+        together[name] = torch.stack(found) if found else None
+    del together["bias"]
+    return together, constants
 
 
 def busiest(x: Tensor, offsets: Tensor | None, count: int) -> tuple[int, Tensor]:

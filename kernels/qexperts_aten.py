@@ -14,7 +14,7 @@ from torch import Tensor
 
 from awqc.kernels.hardware import Hardware
 from awqc.kernels.launch import Launch, describes
-from awqc.kernels.qexperts import busiest, shares
+from awqc.kernels.qexperts import busiest, pack_each, shares
 from awqc.kernels.qlinear import LIBRARY
 from awqc.kernels.qlinear_aten import AtenInt4, qlinear_cpu
 from awqc.kernels.qlinear_aten import describe as describe_linear
@@ -109,20 +109,7 @@ class AtenInt4Experts:
             bits, group_size, dense: as for :meth:`AtenInt4.pack`.
         """
         assert bias is None
-        packed: list[Mapping[str, Tensor | None]] = []
-        for parts in zip(codes, scales, zeros, strict=True):
-            tensors, constants = AtenInt4.pack(*parts, None, bits, group_size, dense=dense)
-            packed.append(tensors)
-
-        def stacked(name: str) -> Tensor:
-            tensors = [one[name] for one in packed]
-            return torch.stack([tensor for tensor in tensors if tensor is not None])
-
-        return {
-            "packed": stacked("packed"),
-            "scales_and_zeros": stacked("scales_and_zeros"),
-            "dense": stacked("dense") if dense else None,
-        }, constants
+        return pack_each(AtenInt4.pack, codes, scales, zeros, bits, group_size, dense=dense)
 
     @staticmethod
     def unpack(packed: Tensor, bits: int) -> Tensor:

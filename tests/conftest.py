@@ -13,10 +13,19 @@ if not torch.cuda.is_available():
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from awqc.kernels import llvm
 from tests.models import llama
 
 #: Input channels that :func:`outlier_llama` makes large, and how large.
 OUTLIERS = {5: 32.0, 23: 16.0, 42: 8.0}
+
+
+@pytest.fixture
+def without_llvm(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The machine of a user who has no llvmlite: why awqc's own CPU kernel does not run there."""
+    reason = "needs llvmlite, which is not installed: pip install 'awqc[cpu]'"
+    monkeypatch.setattr(llvm, "missing", lambda: reason)
+    return reason
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from awqc.kernels import registry
+from awqc.kernels import llvm, registry
 from awqc.kernels.hardware import Hardware, assumed, hardware, known
 from awqc.kernels.launch import Launch, launches, nbytes
+from awqc.kernels.qlinear_llvm import dot_rows
 from awqc.quantized import Scheme, quantize
 
 CPU = torch.device("cpu")
 NAMES = [(op, name) for op in ("qlinear", "qexperts") for name in registry.kernels(op)]
-GPU_KERNELS = [name for name in registry.kernels("qlinear") if name != "AtenInt4"]
+CPU_KERNELS = {name for _, name in NAMES if name.startswith(("Aten", "Llvm"))}
+GPU_KERNELS = [name for name in registry.kernels("qlinear") if name not in CPU_KERNELS]
 
 
 def described(kernel: Any, at: Hardware, m: int, n: int, k: int, group: int = 128) -> list[Launch]:
@@ -41,7 +43,7 @@ def test_every_kernel_describes_itself(op: str, name: str) -> None:
         parts = [torch.stack([part, part]) for part in parts]
         leading.append(torch.tensor([1, 2]))
     tensors, constants = kernel.pack(*parts, None, 4, 128)
-    at = hardware(CPU) if name.startswith("Aten") else known()["h200"]
+    at = hardware(CPU) if name in CPU_KERNELS else known()["h200"]
     found = launches(kernel.op, at, [*leading, *tensors.values(), *constants], torch.zeros(2, 64))
     assert not any(launch.kernel == str(kernel.op).removesuffix(".default") for launch in found)
 
@@ -82,6 +84,15 @@ def test_the_cpu_reads_codes_for_few_tokens_and_its_copy_for_many() -> None:
     assert few.kernel == "aten._weight_int4pack_mm_for_cpu"
     assert few.reads == 256 * 512 // 2 + 256 * 4 * 2 * 2 + 8 * 512 * 2
     assert many.reads == 256 * 512 * 2 + 9 * 512 * 2
+
+
+@pytest.mark.skipif(llvm.missing() is not None, reason=f"awqc's own CPU kernel {llvm.missing()}")
+def test_awqcs_own_kernel_reads_codes_scales_and_zero_points_once() -> None:
+    own = registry.kernels("qlinear")["LlvmInt4"]
+    (few,), (many,) = (described(own, hardware(CPU), m, 256, 512) for m in (dot_rows(), dot_rows() + 1))
+    assert few.kernel == "dot_products.py:linear"
+    assert few.reads == 256 * 512 // 2 + 256 * 4 * (2 + 1) + dot_rows() * 512 * 2
+    assert many.reads == 256 * 512 * 2 + (dot_rows() + 1) * 512 * 2
 
 
 def test_experts_that_have_no_rows_are_not_read() -> None:

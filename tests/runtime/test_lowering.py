@@ -40,6 +40,7 @@ def test_auto_takes_the_backend_of_highest_priority() -> None:
     assert lowered.shape == LinearShape(32, 128, Scheme(4, 64), torch.float32, CPU)
 
 
+@pytest.mark.usefixtures("without_llvm")
 def test_auto_falls_to_the_next_and_keeps_the_reason() -> None:
     lowered = lower_linear(weight(n=33), None, torch.float32, CPU)
     assert lowered.backend.name == "reference"
@@ -69,6 +70,7 @@ def test_unknown_backend() -> None:
     assert str(error.value) == "unknown backend 'cuda': choose one of auto, cpu, reference"
 
 
+@pytest.mark.usefixtures("without_llvm")
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_no_backend_at_all(backend: str) -> None:
     with pytest.raises(BackendError) as error:
