@@ -5,6 +5,7 @@ declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 declare <16 x i32> @llvm.umax.v16i32(<16 x i32>, <16 x i32>)
 declare i32 @llvm.vector.reduce.umax.v16i32(<16 x i32>)
 declare i32 @llvm.vector.reduce.add.v16i32(<16 x i32>)
+DECLARE_MASKED
 
 define internal <16 x i32> @four_bytes(ptr %at) alwaysinline {
   %one = load i32, ptr %at, align 4
@@ -28,6 +29,10 @@ define internal <16 x float> @scales_at(ptr %base, i64 %index) alwaysinline {
   %at = getelementptr <16 x S_TYPE>, ptr %base, i64 %index
   %given = load <16 x S_TYPE>, ptr %at, align S_BYTES
   %v = EXTEND_S
+  ret <16 x float> %v
+}
+define internal <16 x float> @bias_values(<16 x B_TYPE> %given) alwaysinline {
+  %v = EXTEND_B
   ret <16 x float> %v
 }
 
@@ -178,7 +183,6 @@ ARGS
   %w_skip = mul i64 %block, %all_octets
   %w_block = getelementptr <16 x i32>, ptr %codes, i64 %w_skip
   %s_block = mul i64 %block, %chunks
-  %outs = shl i64 %blocks, 4
   %n = shl i64 %block, 4
   %row_M = add i64 %row, NUMBER
   %row2_M = shl i64 %row_M, 1
@@ -200,9 +204,9 @@ step:
   ; channels 0 to 7 of this step
   %o0 = add i64 %o, 0
   %w_at0 = getelementptr <16 x i32>, ptr %w_block, i64 %o0
-  %w0 = load <16 x i32>, ptr %w_at0, align 64
+  %w0 = load <16 x i32>, ptr %w_at0, align 4
   %ahead0 = getelementptr i8, ptr %w_at0, i64 AHEAD
-  call void @llvm.prefetch.p0(ptr %ahead0, i32 0, i32 3, i32 1)
+  call void @llvm.prefetch.p0(ptr %ahead0, i32 0, i32 2, i32 1)
   %shifted0 = lshr <16 x i32> %w0, splat (i32 4)
   %q0 = and <16 x i32> %w0, splat (i32 252645135)
   %xi0 = shl i64 %o0, 3
@@ -223,9 +227,9 @@ step:
   ; channels 8 to 15 of this step
   %o1 = add i64 %o, 1
   %w_at1 = getelementptr <16 x i32>, ptr %w_block, i64 %o1
-  %w1 = load <16 x i32>, ptr %w_at1, align 64
+  %w1 = load <16 x i32>, ptr %w_at1, align 4
   %ahead1 = getelementptr i8, ptr %w_at1, i64 AHEAD
-  call void @llvm.prefetch.p0(ptr %ahead1, i32 0, i32 3, i32 1)
+  call void @llvm.prefetch.p0(ptr %ahead1, i32 0, i32 2, i32 1)
   %shifted1 = lshr <16 x i32> %w1, splat (i32 4)
   %q2 = and <16 x i32> %w1, splat (i32 252645135)
   %xi2 = shl i64 %o1, 3
@@ -250,7 +254,7 @@ chunkend:
   %si = add i64 %s_block, %c
   %scale = call <16 x float> @scales_at(ptr %scales, i64 %si)
   %z_at = getelementptr <16 x i8>, ptr %zeros, i64 %si
-  %z8 = load <16 x i8>, ptr %z_at, align 16
+  %z8 = load <16 x i8>, ptr %z_at, align 1
   %z = uitofp <16 x i8> %z8 to <16 x float>
   %minus_z = fneg <16 x float> %z
   %ci_M = add i64 %c_row_M, %c
@@ -266,9 +270,23 @@ chunkend:
   %go = icmp ult i64 %c1, %chunks
   br i1 %go, label %chunk, label %end
 end:
-  %out_skip_M = mul i64 %row_M, %outs
+  ; The last block may be wider than what is left of the output; without a bias nothing of it is read.
+  %left = sub i64 %outputs, %n
+  %left32 = trunc i64 %left to i32
+  %left1 = insertelement <16 x i32> poison, i32 %left32, i64 0
+  %left16 = shufflevector <16 x i32> %left1, <16 x i32> poison, <16 x i32> zeroinitializer
+  %inside = icmp slt <16 x i32> BOTH, %left16
+  %biased = icmp ne ptr %bias, null
+  %reads = select i1 %biased, <16 x i1> %inside, <16 x i1> zeroinitializer
+  %bias_at = getelementptr B_TYPE, ptr %bias, i64 %n
+  %bias_bits = call <16 x B_BITS> @llvm.masked.load.v16B_BITS.p0(ptr %bias_at, i32 B_BYTES, <16 x i1> %reads, <16 x B_BITS> zeroinitializer)
+  %bias_given = bitcast <16 x B_BITS> %bias_bits to <16 x B_TYPE>
+  %bias_v = call <16 x float> @bias_values(<16 x B_TYPE> %bias_given)
+  %out_skip_M = mul i64 %row_M, %outputs
   %out_i_M = add i64 %out_skip_M, %n
-  %out_M = getelementptr float, ptr %out, i64 %out_i_M
-  store <16 x float> %y1_M, ptr %out_M, align 64
+  %out_M = getelementptr X_TYPE, ptr %out, i64 %out_i_M
+  %result_M = fadd <16 x float> %y1_M, %bias_v
+  %bits_M = call <16 x X_BITS> @rounded(<16 x float> %result_M)
+  call void @llvm.masked.store.v16X_BITS.p0(<16 x X_BITS> %bits_M, ptr %out_M, i32 X_BYTES, <16 x i1> %inside)
   ret void
 }

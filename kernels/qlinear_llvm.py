@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -62,51 +63,53 @@ def qlinear_llvm(
         bias: ``(N,)`` floating, or None.
         out_features: ``N``.
     """
-    k = x.shape[-1]
-    flat = x.reshape(-1, k)
-    if dense is not None and flat.shape[0] > dot_rows():
-        out = F.linear(flat.to(torch.bfloat16), dense)
-    else:
-        out = _multiply(flat, packed, scales, zeros)[:, :out_features]
-    if bias is not None:
-        out = out + bias if out.dtype == torch.float32 else out.add_(bias)
-    return out.to(x.dtype).contiguous().view(*x.shape[:-1], out_features)
-
-
-def _multiply(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """``x`` ``(M, K)`` times the padded weight: ``(M, B * 16)`` float32."""
-    rows, k = x.shape
+    shape = x.shape
+    k = shape[-1]
+    rows = x.numel() // k
+    if dense is not None and rows > dot_rows():
+        return _dense(x, dense, bias)
+    # What follows runs between readings of weights that leave nothing of it in the caches, so it is short.
     blocks, chunks = scales.shape[0], scales.shape[1]
     channels = packed.shape[1] * 8
-    out = torch.empty(rows, blocks * _BLOCK)
-    if not out.numel():
+    out = x.new_empty(*shape[:-1], out_features)
+    if not rows:
         return out
-    x = x.contiguous() if k == channels else F.pad(x, (0, channels - k))
+    if k != channels:
+        x = F.pad(x, (0, channels - k))
+    x = x.contiguous()
+    if bias is not None:
+        bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
     # The digits of the activations, then for each row and chunk their sum and their step.
     scratch = torch.empty(rows * (2 * channels + 8 * chunks), dtype=torch.uint8)
     digits = scratch.data_ptr()
     sums = digits + rows * 2 * channels
-    entry, call = _function(llvm.host_isa(), x.dtype, scales.dtype)
-    threads = min(torch.get_num_threads(), blocks, 1 + rows * channels * blocks * _BLOCK // _SHARE)
-    entry(
+    linear, call = _function(x.dtype, scales.dtype, None if bias is None else bias.dtype)
+    linear(
         _Arguments(
             x.data_ptr(),
             packed.data_ptr(),
             scales.data_ptr(),
             zeros.data_ptr(),
             out.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             digits,
             sums,
             sums + 4 * rows * chunks,
             rows,
+            out_features,
             blocks,
             chunks,
             channels // chunks // 8,
-            threads,
+            min(torch.get_num_threads(), blocks, 1 + rows * channels * blocks * _BLOCK // _SHARE),
             *call,
         )
     )
     return out
+
+
+def _dense(x: Tensor, dense: Tensor, bias: Tensor | None) -> Tensor:
+    out = F.linear(x.to(torch.bfloat16), dense).to(x.dtype)
+    return out if bias is None else out.add_(bias)
 
 
 _Arguments = ctypes.c_int64 * len(ARGUMENTS)
@@ -114,18 +117,18 @@ _Arguments = ctypes.c_int64 * len(ARGUMENTS)
 
 @functools.cache
 def _function(
-    isa: llvm.Isa | None, x: torch.dtype, scales: torch.dtype
-) -> tuple[ctypes._CFuncPtr, tuple[int, int, int]]:  # type: ignore[name-defined]
+    x: torch.dtype, scales: torch.dtype, bias: torch.dtype | None
+) -> tuple[Callable[[Any], None], tuple[int, int, int]]:
     """The compiled code for these dtypes, and the addresses of what starts its threads.
 
     Raises:
         RuntimeError: where nothing can be compiled, with the reason.
     """
-    threads = llvm.openmp()
+    isa, threads = llvm.host_isa(), llvm.openmp()
     if isa is None or threads is None:
         raise RuntimeError(f"awqc::qlinear_llvm {llvm.missing()}")
-    address = llvm.load(source(isa.name, _name(x), _name(scales)), "linear", isa)
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    text = source(isa.name, _name(x), _name(scales), _name(bias or torch.float32))
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(llvm.load(text, "linear", isa))
     return function, (threads.parallel, threads.thread, threads.threads)
 
 
@@ -247,6 +250,7 @@ class LlvmInt4:
         return codes, scales, zeros
 
 
+@functools.cache
 def dot_rows() -> int:
     """Most rows for which the dot products are used on this CPU where there is a choice."""
     isa = llvm.host_isa()

@@ -31,7 +31,7 @@ def code(subject: Subject, name: str, form: Form) -> str:
     if not ours or capability is None:
         routines = ", ".join(dict.fromkeys(launch.kernel for launch in found))
         raise ConfigError(
-            f"{name!r} runs {routines} on {subject.hardware.name}, which is no kernel of awqc's own: "
+            f"{name!r} runs {routines} on {subject.hardware.name}, which is no GPU code of awqc's own: "
             "--on GPU chooses another device"
         )
     parts = []

@@ -51,8 +51,9 @@ def test_backends_say_why(report: Report) -> None:
 
 
 def test_the_kernel_for_so_many_tokens(report: Report) -> None:
-    (few,), (many,) = (history(report, NAME, find_hardware(None), m).launches for m in (1, 9))
-    assert (few.kernel, many.kernel) == ("aten._weight_int4pack_mm_for_cpu", "aten.linear (bfloat16 copy)")
+    (few,), (many,) = (history(report, NAME, find_hardware(None), m).launches for m in (1, 17))
+    assert few.kernel in ("dot_products.py:linear", "aten._weight_int4pack_mm_for_cpu")
+    assert many.kernel == "aten.linear (bfloat16 copy)"
     (gpu,) = history(report, NAME, find_hardware("h200")).launches
     assert gpu.kernel == "marlin_small.cu:small"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awqc.kernels import llvm
+from awqc.kernels import llvm, qlinear_llvm
 from awqc.kernels.dot_products import TILE
 from awqc.kernels.qlinear import dequantize
 from awqc.kernels.qlinear_llvm import LlvmInt4, dot_rows
@@ -20,9 +22,15 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(params=llvm.host_isas(), ids=lambda isa: isa.name)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> llvm.Isa:
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[llvm.Isa]:
+    def forget() -> None:
+        qlinear_llvm.dot_rows.cache_clear()
+        qlinear_llvm._function.cache_clear()
+
     monkeypatch.setattr(llvm, "host_isas", lambda: (request.param,))
-    return request.param
+    forget()
+    yield request.param
+    forget()
 
 
 def weight_of(n: int, k: int, scheme: Scheme) -> QuantizedWeight:
@@ -49,7 +57,8 @@ def assert_within_bound(got: Tensor, x: Tensor, weight: QuantizedWeight, bias: T
 
     An activation is off by half a step, and a step is at most the largest of any 256 activations over 127 *
     256, plus one float32 rounding of its own. Sums, of codes and of zero points apart, pass a float32
-    rounding for each of at most K / 16 chunks and six more. The result is rounded once, to the dtype of ``x``.
+    rounding for each of at most K / 16 chunks and six more. The result is rounded once, to the dtype of
+    ``x``.
     """
     x64, eps = x.double(), torch.finfo(torch.float32).eps
     k = weight.codes.shape[1]
@@ -125,6 +134,25 @@ def test_scales_keep_their_dtype(isa: llvm.Isa, scales: torch.dtype) -> None:
     x = torch.randn(3, 256)
     assert pack(weight)[0]["scales"].dtype == scales
     assert_within_bound(run(x, weight), x, weight)
+
+
+def test_tensors_may_lie_anywhere(isa: llvm.Isa) -> None:
+    """As they do in a mapped file: at multiples of their own elements, no more."""
+    weight, x, bias = weight_of(40, 256, Scheme(4, 64)), torch.randn(5, 256), torch.randn(40)
+    tensors, constants = pack(weight, bias)
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        wide = tensor.new_empty(tensor.numel() + 1)
+        wide[1:] = tensor.flatten()
+        return wide[1:].view(tensor.shape)
+
+    got = LlvmInt4.op(moved(x), *map(moved, tensors.values()), *constants)
+    assert torch.equal(got, run(x, weight, bias))
+    apart = torch.stack([bias, bias], 1)[:, 0]
+    tensors, constants = pack(weight, apart)
+    assert torch.equal(LlvmInt4.op(x, *tensors.values(), *constants), got)
 
 
 def test_the_bound_notices_one_wrong_code(isa: llvm.Isa) -> None:
