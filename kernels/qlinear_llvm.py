@@ -31,6 +31,7 @@ DOT_ROWS = {"avx512vnni": 16, "avxvnni": 8, "avx2": 8}
 _BLOCK = 16
 #: Chunks of input channels whose activations share a step, largest first.
 _CHUNKS = (256, 128, 64, 32, 16)
+_DTYPES = {getattr(torch, name) for name in TYPES}
 #: Products of one weight and one activation for which it pays to start another thread.
 _SHARE = 1 << 17
 
@@ -50,9 +51,10 @@ def qlinear_llvm(
     bias: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    """``x @ W.T + bias`` for ``x`` ``(..., K)`` float32, float16 or bfloat16; ``(..., N)`` like ``x``.
+    """``x @ W.T + bias`` for ``x`` ``(..., K)`` of any floating dtype and strides; ``(..., N)`` like ``x``.
 
-    Sums are float32, and the result is rounded to the dtype of ``x`` once, after the bias.
+    Sums are float32, and the result is rounded to the dtype of ``x`` once, after the bias. Of activations
+    that are wider than float32 the kernel sees float32.
 
     Args:
         packed: ``(B, K / 8, 16, 4)`` uint8, two codes to a byte, for ``B = N / 16`` blocks of rows; ``K`` and
@@ -68,6 +70,8 @@ def qlinear_llvm(
     rows = x.numel() // k
     if dense is not None and rows > dot_rows():
         return _dense(x, dense, bias)
+    if x.dtype not in _DTYPES:
+        return qlinear_llvm(x.float(), packed, scales, zeros, None, bias, out_features).to(x.dtype)
     # What follows runs between readings of weights that leave nothing of it in the caches, so it is short.
     blocks, chunks = scales.shape[0], scales.shape[1]
     channels = packed.shape[1] * 8

@@ -263,7 +263,10 @@ def test_plots(checkpoint: Path, invoke: Invoke, tmp_path: Path, monkeypatch: py
         (("--on", "h300"), "nothing is known of a GPU 'h300': there are "),
         (("--kernels", "--measure", "--on", "h200"), "--measure: nvidia_h200 is not here; "),
         (("--ptx", "nothing"), "no node and no quantized linear is called 'nothing'"),
-        (("--sass", "silu", "--on", "h200"), "'silu' runs aten.silu on nvidia_h200, which is no kernel of "),
+        (
+            ("--sass", "silu", "--on", "h200"),
+            "'silu' runs aten.silu on nvidia_h200, which is no GPU code of ",
+        ),
         (("--backend", "fast"), "unknown backend 'fast': choose one of auto, "),
         (("--bits", 9), "bits=9: awqc quantizes to 2, 3, 4, 5, 6, 7 or 8 bits"),
     ],

@@ -268,6 +268,9 @@ def test_shapes_and_strides(many: bool, dtype: torch.dtype) -> None:
     assert torch.equal(call(x.t().contiguous().view(1, rows, 64)), want[None])
     assert call(x.t()[:0]).shape == (0, 21)
     assert call(torch.empty(2, 0, 64, dtype=dtype)).shape == (2, 0, 21)
+    wide = x.t().double()
+    assert call(wide).dtype == torch.float64
+    assert many or torch.equal(call(wide), call(wide.float()).double())
 
 
 @pytest.mark.parametrize("dense", [True, False])
