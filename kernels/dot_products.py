@@ -43,8 +43,9 @@ ARGUMENTS = (
 _TEXT = Path(__file__).with_suffix(".ll")
 #: What follows in that file is written out for each number of rows.
 _CUT = "; ---- tile ----\n"
-#: LLVM's names for the dtypes of activations and scales.
-TYPES = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
+#: LLVM's names for the dtypes of activations and scales. bfloat16 is widened on its bits: with a type of its
+#: own, LLVM before 22 calls a function for it that the process does not have.
+TYPES = {"float32": "float", "float16": "half", "bfloat16": "i16"}
 #: Rows of activations that share one reading of the codes, by instruction set: two sums are held for each.
 TILE = {"avx512vnni": 4, "avxvnni": 2, "avx2": 2}
 #: Bytes by which the reading of codes runs ahead, into the second-level cache, which has more reads under way
@@ -95,6 +96,15 @@ define internal <16 x i32> @dot(<16 x i32> %sum, <16 x i32> %q, <16 x i32> %x) a
   ret <16 x i32> %r
 }"""
 
+#: From ``%given`` to float32.
+_EXTEND = {
+    "float32": "  %v = bitcast <16 x float> %given to <16 x float>",
+    "float16": "  %v = fpext <16 x half> %given to <16 x float>",
+    "bfloat16": """\
+  %wide = zext <16 x i16> %given to <16 x i32>
+  %high = shl <16 x i32> %wide, splat (i32 16)
+  %v = bitcast <16 x i32> %high to <16 x float>""",
+}
 #: From float32 to the bits of the result's dtype. There is no instruction for bfloat16 on every set, so it is
 #: rounded on the bits: to nearest, ties to even, and what is not a number stays that.
 _ROUNDED = {
@@ -163,7 +173,7 @@ def source(isa: str, x_type: str, scale_type: str, bias_type: str) -> str:
         text = text.replace(name, value)
     for letter, dtype in (("X", x_type), ("S", scale_type), ("B", bias_type)):
         size = 4 if dtype == "float32" else 2
-        text = text.replace(f"EXTEND_{letter}", _extend(TYPES[dtype])).replace(f"{letter}_TYPE", TYPES[dtype])
+        text = text.replace(f"  %v = EXTEND_{letter}", _EXTEND[dtype]).replace(f"{letter}_TYPE", TYPES[dtype])
         text = text.replace(f"{letter}_BYTES", str(size)).replace(f"{letter}_BITS", f"i{8 * size}")
     return text
 
@@ -177,11 +187,6 @@ _MASKED = "\n".join(
 
 def _indices(values: Sequence[int]) -> str:
     return "<" + ", ".join(f"i32 {value}" for value in values) + ">"
-
-
-def _extend(kind: str) -> str:
-    to = "to <16 x float>"
-    return f"bitcast <16 x float> %given {to}" if kind == "float" else f"fpext <16 x {kind}> %given {to}"
 
 
 def _arguments() -> str:

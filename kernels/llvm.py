@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -115,7 +116,8 @@ def load(source: str, entry: str, isa: Isa) -> int:
     loaded for the life of the process.
 
     Raises:
-        RuntimeError: with LLVM's message, if it rejects ``source``.
+        RuntimeError: with LLVM's message, if it rejects ``source``; with the name, if it needs a function
+            from outside.
     """
     binding = _binding()
     assert binding is not None, "load() is for machines where nothing is missing"
@@ -158,4 +160,10 @@ def _optimized(binding: ModuleType, machine, source: str):  # type: ignore[no-un
 
 
 def _compile(binding: ModuleType, machine, source: str) -> bytes:  # type: ignore[no-untyped-def]
-    return machine.emit_object(_optimized(binding, machine, source))
+    code = machine.emit_object(_optimized(binding, machine, source))
+    # Names of functions of a C library or of a compiler's own, which nothing here would resolve.
+    called = re.findall(rb"\0(__\w{3,}|mem\w{3,})(?=\0)", code)
+    if called:
+        names = ", ".join(sorted({name.decode() for name in called}))
+        raise RuntimeError(f"LLVM {binding.llvm_version_info} makes calls of {names}: use another llvmlite")
+    return code

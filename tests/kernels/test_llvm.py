@@ -62,6 +62,18 @@ def test_llvm_says_what_is_wrong() -> None:
         llvm.load("define i64 @three() {\n  return 3\n}", "three", llvm.ISAS[-1])
 
 
+@OWN
+def test_a_function_from_outside_is_refused_rather_than_called() -> None:
+    source = """
+define void @three(ptr %to, ptr %from, i64 %n) {
+  call void @llvm.memcpy.p0.p0.i64(ptr %to, ptr %from, i64 %n, i1 false)
+  ret void
+}
+declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)"""
+    with pytest.raises(RuntimeError, match="makes calls of memcpy: use another llvmlite"):
+        llvm.load(source, "three", llvm.ISAS[-1])
+
+
 def test_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     assert llvm.missing() == "is written for x86-64 CPUs, not for aarch64"
