@@ -39,8 +39,9 @@ _ROUNDING_COPIES, _CODES_BYTES, _OTHER_COPIES = 7, 2, 5
 #: Gram matrices that a factorization needs beside the one that it is of: a damped one and its factor, or the
 #: factor and that in the order of visits. One of them is left for rounding.
 FACTOR_COPIES = 2
-#: Shares of the limit: of activations that stay on the device, and of a checkpoint's shard on the host.
-ACTIVATIONS_SHARE, SHARD_SHARE = 0.3, 0.125
+#: Shares of the limit: of activations that stay on the device, and on the host of one of the two shards of a
+#: checkpoint that are there at once.
+ACTIVATIONS_SHARE, SHARD_SHARE = 0.3, 0.0625
 
 
 @dataclass(frozen=True)

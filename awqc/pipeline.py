@@ -379,8 +379,8 @@ class _Runner:
         return (*self._state(), 0 if activations is None else len(activations.events))
 
     def _relieve(self, current: Pass, failure: str, less: bool) -> None:
-        """Give back what the device holds unused: there may have been enough, but in pieces. With ``less`` take
-        off the device what can be elsewhere, and decide from now on as if it were smaller."""
+        """Give back what the device holds unused: there may have been enough, but in pieces. With ``less``
+        take off the device what can be elsewhere, and decide from now on as if it were smaller."""
         context, device = self.context, self.graph.weights.device
         self.graph.weights.release()
         if less:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from awqc.checkpoints.tensors import INDEX_FILE, SINGLE_FILE
 from awqc.errors import CheckpointError
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 2_000_000_000
 
 
 class DiskFull(OSError):
@@ -46,7 +47,8 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 def write_sharded(
     directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> int:
-    """Write named tensors as safetensors, holding no more than one shard in memory.
+    """Write named tensors as safetensors, holding no more than two shards in memory: one is written while the
+    next is read.
 
     One shard becomes ``model.safetensors``; several are numbered and get an index.
 
@@ -67,22 +69,28 @@ def write_sharded(
     shard: dict[str, Tensor] = {}
     addresses: set[int] = set()
     total = held = 0
-    for name, tensor in tensors:
-        if name in names:
-            raise CheckpointError(
-                f"tensor {name!r} would be written twice to {directory}: give each name once"
-            )
-        names.add(name)
-        tensor = tensor.detach().cpu().contiguous()
-        if shard and held + tensor.nbytes > max_shard_bytes:
-            _write_shard(directory / _partial_name(len(shards)), shard, held)
-            shards.append(list(shard))
-            shard, addresses, held = {}, set(), 0
-        # Tied tensors share memory, which the format cannot express: each name gets its own copy.
-        shard[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
-        addresses.add(tensor.data_ptr())
-        held += tensor.nbytes
-        total += tensor.nbytes
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="shards") as threads:
+        for name, tensor in tensors:
+            if name in names:
+                raise CheckpointError(
+                    f"tensor {name!r} would be written twice to {directory}: give each name once"
+                )
+            names.add(name)
+            tensor = tensor.detach().cpu().contiguous()
+            if shard and held + tensor.nbytes > max_shard_bytes:
+                if writing is not None:
+                    writing.result()
+                writing = threads.submit(_write_shard, directory / _partial_name(len(shards)), shard, held)
+                shards.append(list(shard))
+                shard, addresses, held = {}, set(), 0
+            # Tied tensors share memory, which the format cannot express: each name gets its own copy.
+            shard[name] = tensor.clone() if tensor.data_ptr() in addresses else tensor
+            addresses.add(tensor.data_ptr())
+            held += tensor.nbytes
+            total += tensor.nbytes
+        if writing is not None:
+            writing.result()
     _write_shard(directory / _partial_name(len(shards)), shard, held)
     shards.append(list(shard))
     _number_shards(directory, shards, total)

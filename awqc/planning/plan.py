@@ -309,7 +309,7 @@ def _memory(
         checks: what checks of whole graphs take on the compute device.
     """
     shard = MAX_SHARD_BYTES if limit.host is None else int(SHARD_SHARE * limit.host)
-    writing = min(sizes["model_after"], shard) + _READ_BACK * sizes["largest"]
+    writing = min(sizes["model_after"], 2 * shard) + _READ_BACK * sizes["largest"]
     stages = needs.largest.peak
     if device.type == "cpu":
         # What is freed between stages and writing is not all given back to the system.
