@@ -54,3 +54,21 @@ def test_the_op_is_traced_by_shape() -> None:
             torch.empty(7, 4), torch.empty(3, 5, 4), torch.empty(3, dtype=torch.int32)
         )
     assert grouped.shape == fake.shape == (7, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_launch_computes_what_single_products_do(transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 64, generator=generator).bfloat16()
+    weight = torch.randn(5, 64, 32, generator=generator).mT if transposed else torch.randn(5, 32, 64)
+    weight, offsets = weight.bfloat16(), torch.tensor([10, 10, 47, 90, 93], dtype=torch.int32)
+    found = grouped_linear(x.cuda(), weight.cuda(), offsets.cuda()).cpu()
+    expected = grouped_linear(x.double(), weight.double(), offsets)
+    size = grouped_linear(x.double().abs(), weight.double().abs(), offsets)
+    assert (
+        (found.double() - expected).abs()
+        <= 64 * torch.finfo(torch.float32).eps * size + 2**-8 * expected.abs()
+    ).all()
+    assert found[93:].eq(0).all()

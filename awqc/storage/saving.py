@@ -229,9 +229,18 @@ def check_saved(result: Result, path: Path) -> None:
     held: dict[str, QuantLinear | QuantExperts] = {**result.linears, **result.stacks}
     nodes, end = _first_stage(result.graph(), {linear.op for linear in held.values()})
     checkpoint = open_checkpoint(path)
-    memory = _Tensors(result.value)
-    disk = _Tensors(lambda name: _read_back(name, result.value(name), held, result.source, checkpoint))
-    found, expected = (_run(nodes, end, tensors, result.sample) for tensors in (disk, memory))
+    seen: dict[str, tuple[torch.device, torch.dtype]] = {}
+
+    def saved(name: str) -> Tensor:
+        value = result.value(name)
+        seen[name] = value.device, value.dtype
+        return value
+
+    def read(name: str) -> Tensor:
+        value = _read_back(name, *seen[name], held, result.source, checkpoint)
+        return result.value(name) if value is None else value  # a buffer that no checkpoint stores
+
+    expected, found = (_run(nodes, end, _Tensors(of), result.sample) for of in (saved, read))
     error, bound = relative_error(found, expected), 64 * torch.finfo(result.source.half).eps
     if not error <= bound:
         raise CheckpointError(
@@ -283,17 +292,17 @@ class _Tensors(Mapping[str, Tensor]):
 
 def _read_back(
     name: str,
-    value: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
     held: Mapping[str, QuantLinear | QuantExperts],
     source: ModelSource,
     checkpoint: Checkpoint,
-) -> Tensor:
-    """What the checkpoint holds for ``name``, whose tensor was ``value``; lowered again where it is
-    quantized."""
+) -> Tensor | None:
+    """What the checkpoint holds for ``name``, lowered again where it is quantized; None if it holds nothing."""
     owner, _, part = name.rpartition(".")
     stored = source.on_disk(name)
     if name.endswith(SUFFIX):
-        return checkpoint.dense(source.module_on_disk(owner) + SUFFIX).to(value.device)
+        return checkpoint.dense(source.module_on_disk(owner) + SUFFIX).to(device)
     if owner in held:
         linear, bias = held[owner], source.on_disk(f"{owner}.bias")
         if isinstance(linear, QuantExperts):
@@ -301,10 +310,8 @@ def _read_back(
         else:
             weight = checkpoint.weight(source.module_on_disk(owner))
         dense = checkpoint.dense(bias) if bias in checkpoint.tensors else None
-        return lowered_part(linear, weight, dense, value.device, part).to(value.dtype)
-    if stored in checkpoint.tensors:
-        return checkpoint.dense(stored).to(value.device, value.dtype)
-    return value  # a buffer that no checkpoint stores
+        return lowered_part(linear, weight, dense, device, part).to(dtype)
+    return checkpoint.dense(stored).to(device, dtype) if stored in checkpoint.tensors else None
 
 
 def lowered_part(
