@@ -298,7 +298,7 @@ def _read_back(
     source: ModelSource,
     checkpoint: Checkpoint,
 ) -> Tensor | None:
-    """What the checkpoint holds for ``name``, lowered again where it is quantized; None if it holds nothing."""
+    """What the checkpoint holds for ``name``, lowered again where it is quantized; None for nothing."""
     owner, _, part = name.rpartition(".")
     stored = source.on_disk(name)
     if name.endswith(SUFFIX):
