@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-#: The size to which a dimension whose places are not asked for is cut, so that halves can be taken of it.
-_CUT = 2
+#: The size to which a dimension whose places are not asked for is cut, so that halves can be taken of it, of
+#: which some releases of transformers would drop a dimension of size one.
+_CUT = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Piece:
         """The tensor on disk for a value of the parameter."""
         if self.index is None or self.rows is None or self.columns is None:
             return parameter
-        taken = parameter[self.index][self.rows][:, self.columns]
+        taken = parameter[self.index][_places(self.rows)][:, _places(self.columns)]
         return taken.T if self.transposed else taken
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
@@ -54,8 +55,19 @@ class Piece:
         if self.index is None or self.rows is None or self.columns is None:
             parameter.copy_(value)
         else:
-            value = value.T if self.transposed else value
-            parameter[self.index, self.rows[:, None], self.columns] = value.to(parameter.dtype)
+            matrix, rows, columns = parameter[self.index], _places(self.rows), _places(self.columns)
+            value = (value.T if self.transposed else value).to(parameter.dtype)
+            if isinstance(rows, Tensor) and isinstance(columns, Tensor):
+                matrix[rows[:, None], columns] = value
+            else:
+                matrix[rows, columns] = value
+
+
+def _places(numbers: Tensor) -> slice | Tensor:
+    """``numbers`` as an index; consecutive ones as a slice, which is copied many times faster."""
+    first, count = int(numbers[0]), len(numbers)
+    run = torch.equal(numbers, torch.arange(first, first + count))
+    return slice(first, first + count) if run else numbers
 
 
 def disk_names(module: nn.Module) -> dict[str, list[Piece]]:

@@ -68,13 +68,15 @@ def test_names_of_tied_tensors_and_prefixes() -> None:
     assert found == {"a.weight": "x.weight", "m.b": "b", "c": "m.c"}
 
 
-def test_a_transposed_piece() -> None:
-    rows, columns = torch.tensor([2, 0]), torch.tensor([1, 3, 0])
-    piece = Piece("x", 1, rows, columns, transposed=True)
+@pytest.mark.parametrize("rows", [[2, 0], [1, 2]])
+@pytest.mark.parametrize("columns", [[1, 3, 0], [1, 2, 3]])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_piece_of_a_stack(rows: list[int], columns: list[int], transposed: bool) -> None:
+    piece = Piece("x", 1, torch.tensor(rows), torch.tensor(columns), transposed)
     stack = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
-    taken = piece.take(stack)
-    assert torch.equal(taken, stack[1][[2, 0]][:, [1, 3, 0]].T)
-    assert piece.shape((2, 3, 4)) == (3, 2)
+    taken, expected = piece.take(stack), stack[1][rows][:, columns]
+    assert torch.equal(taken, expected.T if transposed else expected)
+    assert piece.shape((2, 3, 4)) == tuple(taken.shape)
     empty = torch.full_like(stack, -1)
     piece.put(empty, taken)
     assert torch.equal(piece.take(empty), taken)
