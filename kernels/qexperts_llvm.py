@@ -22,7 +22,7 @@ from awqc.kernels.registry import register_kernel
 
 LIBRARY.define(
     "qexperts_llvm(Tensor x, Tensor? offsets, Tensor packed, Tensor scales, Tensor zeros, "
-    "Tensor? dense, int out_features) -> Tensor",
+    "Tensor? dense, int out_features, int chunk) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -35,18 +35,19 @@ def qexperts_llvm(
     zeros: Tensor,
     dense: Tensor | None,
     out_features: int,
+    chunk: int,
 ) -> Tensor:
     """As :func:`awqc.kernels.qexperts.qexperts`, on packed weights.
 
     Args:
         packed, scales, zeros, dense: of :func:`awqc.kernels.qlinear_llvm.qlinear_llvm`, with ``E`` in front.
-        out_features: ``N``.
+        out_features, chunk: as there.
     """
     y = x.new_zeros(*x.shape[:-1], out_features)
     for expert, rows, out in shares(x, y, offsets):
         weight = None if dense is None else dense[expert]
         parts = packed[expert], scales[expert], zeros[expert]
-        out.copy_(qlinear_llvm(rows, *parts, weight, None, out_features))
+        out.copy_(qlinear_llvm(rows, *parts, weight, None, out_features, chunk))
     return y
 
 
@@ -63,11 +64,12 @@ def describe(
     zeros: Tensor,
     dense: Tensor | None,
     out_features: int,
+    chunk: int,
 ) -> list[Launch]:
     """The routine that :func:`qexperts_llvm` calls for each expert that may have rows."""
     experts, rows = busiest(x, offsets, packed.shape[0])
     weight = None if dense is None else dense[0]
-    one = describe_linear(at, rows, packed[0], scales[0], zeros[0], weight, None, out_features)
+    one = describe_linear(at, rows, packed[0], scales[0], zeros[0], weight, None, out_features, chunk)
     return one * experts
 
 
@@ -80,6 +82,7 @@ def _(
     zeros: Tensor,
     dense: Tensor | None,
     out_features: int,
+    chunk: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -102,7 +105,7 @@ class LlvmInt4Experts:
         *,
         dense: bool = True,
     ) -> tuple[Mapping[str, Tensor | None], tuple[Any, ...]]:
-        """The op's tensors by argument name, and ``N``.
+        """The op's tensors by argument name, ``N``, and the chunk.
 
         Args:
             codes: ``(E, N, K)`` uint8 below ``2 ** bits``.

@@ -37,7 +37,7 @@ _SHARE = 1 << 17
 
 LIBRARY.define(
     "qlinear_llvm(Tensor x, Tensor packed, Tensor scales, Tensor zeros, Tensor? dense, Tensor? bias, "
-    "int out_features) -> Tensor",
+    "int out_features, int chunk) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -50,6 +50,7 @@ def qlinear_llvm(
     dense: Tensor | None,
     bias: Tensor | None,
     out_features: int,
+    chunk: int,
 ) -> Tensor:
     """``x @ W.T + bias`` for ``x`` ``(..., K)`` of any floating dtype and strides; ``(..., N)`` like ``x``.
 
@@ -64,6 +65,7 @@ def qlinear_llvm(
         dense: ``(N, K)`` bfloat16, the weight for more than ``dot_rows()`` rows, or None.
         bias: ``(N,)`` floating, or None.
         out_features: ``N``.
+        chunk: input channels that share a scale here, a divisor of the group size.
     """
     shape = x.shape
     k = shape[-1]
@@ -71,7 +73,7 @@ def qlinear_llvm(
     if dense is not None and rows > dot_rows():
         return _dense(x, dense, bias)
     if x.dtype not in _DTYPES:
-        return qlinear_llvm(x.float(), packed, scales, zeros, None, bias, out_features).to(x.dtype)
+        return qlinear_llvm(x.float(), packed, scales, zeros, None, bias, out_features, chunk).to(x.dtype)
     # What follows runs between readings of weights that leave nothing of it in the caches, so it is short.
     blocks, chunks = scales.shape[0], scales.shape[1]
     channels = packed.shape[1] * 8
@@ -103,7 +105,7 @@ def qlinear_llvm(
             out_features,
             blocks,
             chunks,
-            channels // chunks // 8,
+            chunk // 8,
             min(torch.get_num_threads(), blocks, 1 + rows * channels * blocks * _BLOCK // _SHARE),
             *call,
         )
@@ -153,6 +155,7 @@ def describe(
     dense: Tensor | None,
     bias: Tensor | None,
     out_features: int,
+    chunk: int,
 ) -> list[Launch]:
     """The routine that :func:`qlinear_llvm` calls."""
     rows = x.numel() // x.shape[-1]
@@ -173,6 +176,7 @@ def _(
     dense: Tensor | None,
     bias: Tensor | None,
     out_features: int,
+    chunk: int,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -208,8 +212,8 @@ class LlvmInt4:
         group_size: int,
         *,
         dense: bool = True,
-    ) -> tuple[dict[str, Tensor | None], tuple[int]]:
-        """The op's tensors by argument name, and ``N``.
+    ) -> tuple[dict[str, Tensor | None], tuple[int, int]]:
+        """The op's tensors by argument name, ``N``, and the chunk.
 
         Args:
             codes: ``(N, K)`` uint8 below ``2 ** bits``.
@@ -236,7 +240,7 @@ class LlvmInt4:
             "dense": dequantize(codes, scales, zeros, group_size).bfloat16() if dense else None,
             "bias": bias,
         }
-        return tensors, (n,)
+        return tensors, (n, chunk)
 
     @staticmethod
     def unpack(

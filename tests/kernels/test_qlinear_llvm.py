@@ -40,7 +40,7 @@ def weight_of(n: int, k: int, scheme: Scheme) -> QuantizedWeight:
 
 def pack(
     weight: QuantizedWeight, bias: Tensor | None = None, dense: bool = False
-) -> tuple[dict[str, Tensor | None], tuple[int]]:
+) -> tuple[dict[str, Tensor | None], tuple[int, int]]:
     scheme = weight.scheme
     return LlvmInt4.pack(
         weight.codes, weight.scales, weight.zeros, bias, scheme.bits, scheme.group_size, dense=dense
@@ -228,7 +228,8 @@ def test_a_machine_that_cannot_run_it_is_a_refusal(without_llvm: str) -> None:
     ],
 )
 def test_chunks_split_groups_and_whole_rows_take_the_cheapest(k: int, group: int, chunk: int) -> None:
-    tensors, _ = pack(weight_of(16, k, Scheme(4, group)))
+    tensors, constants = pack(weight_of(16, k, Scheme(4, group)))
+    assert constants == (16, chunk)
     assert tensors["scales"].shape == (1, -(-k // chunk), 16)
 
 
