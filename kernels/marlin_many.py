@@ -144,28 +144,24 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
         processors: multiprocessors of the device; each takes one block of the grid at a time.
         limit: bytes of shared memory that a block may have.
     """
-    found = []
-    for size, form in product(reversed(TILE_TOKENS), ("whole", "cluster", "shared")):
-        tiling = fitting(size, form, group, limit)
-        tiles = tiling.tiles(row_blocks, tokens)
-        if form != "cluster" or (2 * tiles <= processors and columns > 1):
-            found.append((_cost(tiling, tiles, columns, processors), tiling))
-    return min(found, key=lambda pair: pair[0])[1]
+    tilings = [
+        fitting(size, form, group, limit)
+        for size, form in product(reversed(TILE_TOKENS), ("whole", "shared"))  # clusters are not measured yet
+    ]
+    return min(tilings, key=lambda t: _cost(t, t.tiles(row_blocks, tokens), columns, processors))
 
 
 def _cost(tiling: ManyTiling, tiles: int, columns: int, processors: int) -> float:
-    """About how many microseconds it takes, from what was measured on an H200 (docs/kernels.md)."""
-    step = 1.25 if tiling.tokens == 256 else 0.75
-    waves = -(-tiles // processors)
+    """About how many microseconds it takes, whole or shared: fitted to what an H200 took (docs/kernels.md)."""
+    step, join = (1.25, 3.5) if tiling.tokens == 256 else (0.75, 1.75)
     if tiling.form == "whole":
-        return waves * (step * columns + 1.5) + 1.5
-    if tiling.form == "cluster":
-        return step * -(-columns // 2) + 6
+        return -(-tiles // processors) * (step * columns + 1.5) + 1.5
     # Blocks are at different channels, so that less of what they read is in the cache for the others.
-    most = tiles * columns / min(processors, tiles * columns)
+    step *= 1.1
     if 2 * tiles <= processors:
-        most = -(-columns // (processors // tiles))
-    return step * most * 1.1 + 9
+        parts = min(processors // tiles, columns)
+        return step * -(-columns // parts) + join * (parts - 1) + 3
+    return step * tiles * columns / processors + join * 2.5 + 3
 
 
 @dataclass(frozen=True)

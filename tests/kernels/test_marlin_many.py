@@ -114,17 +114,23 @@ def test_every_tiling_fits(tokens: int, form: str, group: int) -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "tokens", "expected"),
     [
-        (64, 32, 512, (256, "cluster")),
-        (64, 32, 2048, (256, "whole")),
+        (64, 32, 256, (128, "shared")),
         (224, 32, 256, (256, "whole")),
-        (224, 32, 2048, (256, "whole")),
-        (64, 112, 512, (256, "cluster")),
+        (64, 112, 256, (128, "shared")),
+        (128, 224, 256, (256, "shared")),
+        (64, 32, 512, (128, "whole")),
+        (224, 32, 512, (256, "whole")),
+        (64, 112, 512, (256, "shared")),
         (128, 224, 512, (256, "whole")),
-        (64, 32, 256, (128, "cluster")),
+        (64, 32, 2048, (256, "whole")),
+        (224, 32, 2048, (256, "whole")),
+        (64, 112, 2048, (256, "whole")),
+        (128, 224, 2048, (256, "whole")),
         (64, 1, 256, (128, "whole")),  # nothing to share
     ],
 )
 def test_how_products_are_cut(rows: int, columns: int, tokens: int, expected: tuple[int, str]) -> None:
+    """As it was fastest on an H200 for the shapes measured there, or within 3% of that."""
     tiling = cut(rows, columns, tokens, 128, 132, LIMIT)
     assert (tiling.tokens, tiling.form) == expected
 
