@@ -152,7 +152,7 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
 
 
 def _cost(tiling: ManyTiling, tiles: int, columns: int, processors: int) -> float:
-    """About how many microseconds it takes, whole or shared: fitted to what an H200 took (docs/kernels.md)."""
+    """How many microseconds it takes, whole or shared, fitted to what an H200 took (docs/kernels.md)."""
     step, join = (1.25, 3.5) if tiling.tokens == 256 else (0.75, 1.75)
     if tiling.form == "whole":
         return -(-tiles // processors) * (step * columns + 1.5) + 1.5
