@@ -8,6 +8,7 @@ the statistics of its inputs, and what the pass that runs needs beside them.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ ROUNDED_AT_ONCE = 1 << 26
 _ROUNDING_COPIES, _CODES_BYTES, _OTHER_COPIES = 7, 2, 5
 #: Gram matrices that a factorization needs beside the one that it is of: a damped one and its factor, or the
 #: factor and that in the order of visits. One of them is left for rounding.
-FACTOR_COPIES = 2
+_FACTOR_COPIES = 2
 #: Shares of the limit: of activations that stay on the device, and on the host of one of the two shards of a
 #: checkpoint that are there at once.
 ACTIVATIONS_SHARE, SHARD_SHARE = 0.3, 0.0625
@@ -110,6 +111,7 @@ def enforced(limit: MemoryLimit, device: torch.device) -> Iterator[None]:
         yield
         return
     device = _indexed(device)
+    _let_segments_grow()
     before = torch.cuda.get_per_process_memory_fraction(device)
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit.device / total), device)
@@ -123,6 +125,16 @@ def enforced(limit: MemoryLimit, device: torch.device) -> Iterator[None]:
         ) from error
     finally:
         torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def _let_segments_grow() -> None:
+    """Blocks of many sizes follow each other: in segments of fixed sizes, half of the memory would lie idle.
+    What the user has set stays."""
+    stated = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if "expandable_segments" not in stated:
+        torch._C._accelerator_setAllocatorSettings(
+            ",".join(filter(None, (stated, "expandable_segments:True")))
+        )
 
 
 def _indexed(device: torch.device) -> torch.device:
@@ -165,12 +177,23 @@ def weight_bytes(views: Iterable[Linear | ExpertLinear]) -> int:
 def working_bytes(observer: Observer, kind: Kind, compensated: bool) -> int:
     """What the passes over the linears of ``observer`` need at most beside weights and statistics."""
     views, width = observer.views, observer.in_features
-    rows = max(sum(v.out_features for v in observer.linears), *(v.out_features for v in views))
-    gram = FLOAT * width * width
-    at_once = _ROUNDING_COPIES * FLOAT * min(rows * width, max(ROUNDED_AT_ONCE, width))
-    rounding = max(FACTOR_COPIES * gram, gram + at_once + _CODES_BYTES * rows * width)
+    gram, most = FLOAT * width * width, max(ROUNDED_AT_ONCE, width)
+    joined = width * sum(v.out_features for v in observer.linears)
+    linears = gram + _ROUNDING_COPIES * FLOAT * min(joined, most) + _CODES_BYTES * joined
+    stacked = max((width * v.out_features * v.count for v in observer.stacks), default=0)
+    # Of experts that are rounded together, factors are as large as the weights.
+    experts = (_ROUNDING_COPIES + _FACTOR_COPIES + 1) * FLOAT * min(stacked, most) + _CODES_BYTES * stacked
     other = _OTHER_COPIES * FLOAT * max(v.out_features for v in views) * width
-    return max(rounding, other) if compensated and kind != "sampled" else other
+    if not compensated or kind == "sampled":
+        return other
+    return max(_FACTOR_COPIES * gram, linears if observer.linears else 0, experts, other)
+
+
+def observing_bytes(observers: Iterable[Observer], kinds: Iterable[Kind], group: int) -> int:
+    """Of all sums of a stage while they are added up."""
+    return sum(
+        statistics_bytes(k, o.in_features, group, _inputs(o)) for o, k in zip(observers, kinds, strict=True)
+    )
 
 
 def stage_bytes(

@@ -21,13 +21,22 @@ from awqc.config import QuantConfig
 from awqc.errors import ConfigError
 from awqc.functional import bases
 from awqc.graph import Graph
-from awqc.memory import FLOAT, Kind, MemoryLimit, activations_place, choose_kinds, stage_bytes, weight_bytes
+from awqc.memory import (
+    FLOAT,
+    Kind,
+    MemoryLimit,
+    activations_place,
+    choose_kinds,
+    observing_bytes,
+    stage_bytes,
+    weight_bytes,
+)
 from awqc.observers.dependence import dependent_on, weight_only
 from awqc.observers.stages import Stage, Stages
 from awqc.views import expert_linear, linear
 
-#: Bytes of the 16-bit copy of a weight that moves the tokens.
-_CAST = 2
+#: Bytes for each weight while tokens move through it: in float32, in the 16 bits that move them, and its code.
+_MOVING = FLOAT + 2 + 1
 
 
 @dataclass(frozen=True)
@@ -95,15 +104,19 @@ def stage_needs(
     at = [samples * live.between(stage.start) for stage in stages]
     narrowest = min(at)
     place, allowed = activations_place(narrowest, limit, device)
-    found, held = [], at[0]
+    found, held, again = [], at[0], 0
     for number, stage in enumerate(stages):
         # What is too wide is computed anew from where it is narrower.
-        held = held if number and held < at[number] > allowed else at[number]
+        if number and held < at[number] > allowed:
+            again += _moving(live, stages[number - 1])
+        else:
+            held, again = at[number], 0
         resident = held if place == "device" else 2 * held // max(samples, 1)
         kinds = choose_kinds(stage.observers, limit, device, group, compensated, resident)
         passes = stage_bytes(stage.observers, kinds, group, compensated, resident)
+        passes = max(passes, resident + again + observing_bytes(stage.observers, kinds, group))
         last = number == len(stages) - 1  # nothing is quantized behind it, so nothing moves there
-        moving = resident + (0 if last else _moving(live, stage))
+        moving = resident + again + (0 if last else _moving(live, stage))
         found.append(StageNeeds(stage.observers[0].name, kinds[0], resident, passes, moving))
     return Needs(found, place, narrowest)
 
@@ -113,7 +126,7 @@ def _moving(live: _Liveness, stage: Stage) -> int:
     nodes = live.nodes[stage.start : stage.end]
     views = [view for node in nodes if (view := linear(node) or expert_linear(node)) is not None]
     computed = sum(live.size[node] for node in nodes if node in live.size)
-    return computed + weight_bytes(views) * (FLOAT + _CAST) // FLOAT
+    return computed + weight_bytes(views) * _MOVING // FLOAT
 
 
 def check_fits(graph: Graph, samples: int, limit: MemoryLimit, config: QuantConfig) -> None:

@@ -157,8 +157,15 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, shaped like the codes; the product is taken in float32, then rounded to ``dtype``."""
         group, k = self.scheme.group(self.in_features), self.in_features
-        zeros = expand_groups(self.zeros.float(), group, k)
-        return ((self.codes.float() - zeros) * expand_groups(self.scales.float(), group, k)).to(dtype)
+        value = self.codes.float()
+        if k % group:
+            value -= expand_groups(self.zeros.float(), group, k)
+            value *= expand_groups(self.scales.float(), group, k)
+        else:  # without zeros and scales of every column: experts of a layer are many
+            in_groups = value.unflatten(-1, (-1, group))
+            in_groups -= self.zeros.float()[..., None]
+            in_groups *= self.scales.float()[..., None]
+        return value.to(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""

@@ -151,6 +151,7 @@ class Activations:
                     self._raise_non_finite(observer)
         if "offloaded" in kinds:
             statistics.offload()
+        self.graph.weights.release()  # of stages before, where activations were computed anew
         return statistics
 
     def _add(self, statistics: Statistics, values: Env, sample: Env | None, first: int) -> None:

@@ -37,7 +37,8 @@ def feedback(gram: Tensor, order: Tensor, dampening: float = DAMPENING) -> Tenso
     """
     # With rows and columns reversed the upper factorization is an ordinary Cholesky factorization.
     backwards = order.flip(0)
-    damped = gram[backwards[:, None], backwards]
+    # One after the other: both at once would take an int64 for every element.
+    damped = gram.index_select(0, backwards).index_select(1, backwards)
     diagonal = damped.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(damped.dtype).tiny)
     added = 0.0
