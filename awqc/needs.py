@@ -35,7 +35,7 @@ from awqc.observers.dependence import dependent_on, weight_only
 from awqc.observers.stages import Stage, Stages
 from awqc.views import expert_linear, linear
 
-#: Bytes for each weight while tokens move through it: in float32, in the 16 bits that move them, and its code.
+#: Bytes for each weight while tokens move through it: in float32, in 16 bits, and its code.
 _MOVING = FLOAT + 2 + 1
 
 
