@@ -32,7 +32,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from awqc.kernels import (
     configs,
-    exllama_block,
     marlin_many,
     marlin_pair,
     marlin_stream,
@@ -131,20 +130,12 @@ def blocks(n: int, k: int, m: int) -> list[Candidate]:
     """Blocks of ``exllama.cu``; the first is the one that ships."""
     shipped = configs.entry(configs.measured(qlinear_exllama.NAME, torch.device("cuda")), m)
     found = {Block(**shipped): None} if shipped else {}
-    for columns, warps, at_once, depth in product((1, 2, 4, 8), (4, 8, 12, 16), (1, 2, 3, 4), (1, 2, 4)):
-        # What is kept for every column and token, and words of every column; the rest is about 24.
-        registers = 2 * columns * m + (4 * depth + 6) * columns + 24
-        if (
-            8 <= at_once * warps <= 32
-            and registers * 32 * warps * at_once <= 65536
-            and (depth - 1) * columns < 4
-        ):
-            for rounds in (1, 2):
-                found[Block(m, columns, warps, at_once, rounds, depth)] = None
-    plain = [b for b in found if b.depth == b.rounds == 1 and b.columns >= 4 and b.warps * b.blocks == 16]
-    variants = [(("EARLY", 1),), (("STREAMED", 1),), (("STREAMED", 2),)]
-    others = [Candidate(block, macros) for block in plain for macros in variants]
-    return [*(Candidate(block) for block in found), *others]
+    for columns, warps, at_once in product((1, 2, 4, 8), (4, 8, 12, 16), (1, 2, 3, 4, 6, 8)):
+        # What is kept for every column and token, and words of every column; the rest is about 40.
+        registers = 2 * columns * m + 6 * columns + 40
+        if 8 <= at_once * warps <= 32 and registers * 32 * warps * at_once <= 65536:
+            found[Block(m, columns, warps, at_once)] = None
+    return [Candidate(block) for block in found]
 
 
 def tiles(n: int, k: int, m: int) -> list[Candidate]:
@@ -171,25 +162,18 @@ CANDIDATES: dict[str, Callable[[int, int, int], list[Candidate]]] = {
 
 @contextmanager
 def chosen(candidate: Candidate) -> Iterator[None]:
-    """Let the streaming and wide kernels be cut as ``candidate`` says, whatever the shape, and sources be of
-    its variant."""
-    macros = dict(candidate.macros)
+    """Let the streaming and wide kernels be cut as ``candidate`` says, whatever the shape."""
     kept = marlin_stream.tile, marlin_wide.tile, marlin_stream.TURNED
-    exllama = exllama_block.EARLY, exllama_block.STREAMED
     marlin_stream.tile = marlin_wide.tile = lambda *_: candidate.config  # type: ignore[assignment]
-    marlin_stream.TURNED = macros.get("TURNED", marlin_stream.TURNED)
-    exllama_block.EARLY = macros.get("EARLY", exllama[0])
-    exllama_block.STREAMED = macros.get("STREAMED", exllama[1])
-    caches = marlin_stream.stream, marlin_wide.wide, qlinear_exllama.prepare
-    for cached in caches:
-        cached.cache_clear()
+    marlin_stream.TURNED = dict(candidate.macros).get("TURNED", marlin_stream.TURNED)
+    marlin_stream.stream.cache_clear()
+    marlin_wide.wide.cache_clear()
     try:
         yield
     finally:
         marlin_stream.tile, marlin_wide.tile, marlin_stream.TURNED = kept
-        exllama_block.EARLY, exllama_block.STREAMED = exllama
-        for cached in caches:
-            cached.cache_clear()
+        marlin_stream.stream.cache_clear()
+        marlin_wide.wide.cache_clear()
 
 
 class Problem:
@@ -330,7 +314,6 @@ def shipped_tables(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, 
         for before, most in pairwise([0, *sorted(table)]):
             tried = [m for m in TOKENS[kernel] if before < m <= most]
             ranked = best_for_all(rows, kernel, tried[-1]) if tried else []
-            ranked = [pair for pair in ranked if pair[1].islower()]  # variants have upper-case names
             if ranked:
                 table[most] = {k: int(v) for k, v in (field.split("=") for field in ranked[0][1].split())}
         tables[name] = {str(most): table[most] for most in sorted(table)}

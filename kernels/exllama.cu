@@ -4,15 +4,14 @@
 // channel 4 + i in its high half, i < 4. A lane owns COLUMNS columns, a warp some chunks of 32 channels, a block
 // 32 * COLUMNS columns and a share of the channels.
 //
-// Products are of integers: activations of a token become integers of 16 bits, in steps of a power of two that the
-// largest of a few chunks decides. Their products with codes are summed exactly over those chunks, the sum is scaled
-// and added in float32; warps are added in order, then shares. Nothing overflows, whatever the activations are.
+// Products are of integers: a chunk of a token's activations becomes integers of 14 bits, in steps of a power of
+// two that its largest decides. Their products with codes are summed exactly, a chunk's sum is scaled and added
+// in float32; warps are added in order, then shares. Nothing overflows, whatever the activations are.
 // No shuffles, so that lanes and warps are arithmetic on the thread index, whatever the hardware's wave is.
 //
-// Macros: COLUMNS (1, 2, 4 or 8), TOKENS (of a block), WARPS, BLOCKS (that a multiprocessor is to hold), DEPTH (chunks
-// of words on their way), BFLOAT (x and y: bfloat16, else float16), SCALES (0 float16, 1 bfloat16, 2 float32),
-// DEPENDENT (launched before the predecessor has ended), EARLY (and before it has begun to join), STREAMED (words are
-// not kept in the L1 cache; 2: the L2 cache gets 256 bytes at a time).
+// Macros: COLUMNS (1, 2, 4 or 8), TOKENS (of a block), WARPS, BLOCKS (that a multiprocessor is to hold), BFLOAT
+// (x and y: bfloat16, else float16), SCALES (0 float16, 1 bfloat16, 2 float32), DEPENDENT (launched before the
+// predecessor has ended).
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -22,6 +21,9 @@ constexpr int ROWS = CHUNK / 8;                  // rows of words of a chunk
 constexpr int WIDTH = COLUMNS < 4 ? COLUMNS : 4; // words of one load
 constexpr int LOADS = COLUMNS / WIDTH;
 constexpr int THREADS = 32 * WARPS;
+constexpr float MAGIC = 12582912.f;              // 1.5 * 2^23: integers within 2^22 of it are floats, in order
+constexpr u32 MAGIC_BITS = 0x4b400000;
+constexpr u32 LEAST = 14;                        // exponent below which a chunk's steps do not shrink further
 
 #ifdef __HIP__  // whose second bound is another
 #define BOUNDS __launch_bounds__(THREADS)
@@ -89,11 +91,6 @@ __device__ __forceinline__ float scale(Scale value) {
 __device__ __forceinline__ void wait_for_predecessor() {
 #if DEPENDENT && !defined(__HIP__)
   asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_successor_start() {
-#if DEPENDENT && !defined(__HIP__)
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
@@ -128,12 +125,34 @@ __device__ __forceinline__ int dot_high(u32 x, u32 codes, int sum) {
 #endif
 }
 
-#include "exllama_integers.cuh"
+// A chunk of a token's activations as integers, and what one of them stands for.
+struct Chunk {
+  u32 pairs[CHUNK / 2];
+  float step, sum;
+};
 
-constexpr int WIDE = TOKENS < 4 ? TOKENS : 4;
-  typedef typename Bytes<4 * WIDE>::type Wide;
+// The largest activation, below 2^(e + 1), becomes an integer below 2^13, to within a half. Exact: what has no place
+// below 2^(e - 12). Where one is infinite or no number, the step is no number.
+__device__ __forceinline__ void to_integers(Chunk& out, const u32 (&raw)[CHUNK / 2]) {
+  int low = 0, high = 0;
 #pragma unroll
-  for (int t = 0; t < TOKENS; t += WIDE) *reinterpret_cast<Wide*>(out + t) = *reinterpret_cast<const Wide*>(from + t);
+  for (int i = 0; i < CHUNK / 2; ++i) {
+    low = max(low, int(raw[i] & 0x7fff));
+    high = max(high, int(raw[i] >> 16 & 0x7fff));
+  }
+  const u32 exponent = __float_as_uint(to_float(u16(max(low, high)))) >> 23;
+  const u32 e = max(int(exponent), int(LEAST));
+  const float up = __uint_as_float(266 - e << 23);  // 2^(12 - (e - 127))
+  u32 sum = 0;
+#pragma unroll
+  for (int i = 0; i < CHUNK / 2; ++i) {
+    const u32 first = __float_as_uint(to_float(u16(raw[i])) * up + MAGIC);
+    const u32 second = __float_as_uint(to_float(u16(raw[i] >> 16)) * up + MAGIC);
+    out.pairs[i] = first & 0xffff | second << 16;
+    sum += first + second;
+  }
+  out.step = __uint_as_float(exponent == 255 ? 0x7fc00000 : e - 12 << 23);
+  out.sum = float(int(sum - CHUNK * MAGIC_BITS));
 }
 
 // Where column c of a lane lies: groups of WIDTH columns, one of each lane after the other.
@@ -141,185 +160,141 @@ __device__ __forceinline__ int column_of(int lane, int c) {
   return blockIdx.x * 32 * COLUMNS + c / WIDTH * 32 * WIDTH + lane * WIDTH + c % WIDTH;
 }
 
-typedef typename Bytes<4 * WIDTH>::type Load;
-
-#if STREAMED == 2
-#define STREAM "ld.global.nc.L1::no_allocate.L2::256B"
-#else
-#define STREAM "ld.global.nc.L1::no_allocate"
-#endif
-
-// Words of a lane's columns in row `row` from `source` on.
-__device__ __forceinline__ void load_row(Load (&to)[LOADS], const u32* source, int row, int stride) {
-#pragma unroll
-  for (int l = 0; l < LOADS; ++l) {
-    const u32* from = source + long(row) * stride + l * 32 * WIDTH;
-#if STREAMED && !defined(__HIP__)
-    u32* word = reinterpret_cast<u32*>(&to[l]);
-    if constexpr (WIDTH == 4)
-      asm volatile(STREAM ".v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(from));
-    else if constexpr (WIDTH == 2)
-      asm volatile(STREAM ".v2.u32 {%0, %1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from));
-    else
-      asm volatile(STREAM ".u32 %0, [%1];" : "=r"(word[0]) : "l"(from));
-#else
-    to[l] = *reinterpret_cast<const Load*>(from);
-#endif
-  }
-}
-
 // Products of a (m, k) x and columns of the weight. Grid: columns, shares of the chunks, tokens. With one share
 // the result goes to y (m, n), else its float32 terms to partial (shares, m, n).
-// words (chunks * ROWS, stride); scales, zeros (groups, stride); bias (n) like x, or null. Activations of `span`
-// chunks (1, 2 or 4), of which a group has a multiple, share a step.
+// words (chunks * ROWS, stride); scales, zeros (groups, stride); bias (n) like x, or null.
 extern "C" __global__ void BOUNDS
     product(u16* __restrict__ y, float* __restrict__ partial, const u16* __restrict__ x,
             const u32* __restrict__ words, const void* __restrict__ scales, const u8* __restrict__ zeros,
-            const u16* __restrict__ bias, int m, int n, int k, int stride, int chunks, int group_chunks,
-            int span) {
+            const u16* __restrict__ bias, int m, int n, int k, int stride, int chunks, int group_chunks) {
+  typedef typename Bytes<4 * WIDTH>::type Load;
   typedef typename Bytes<sizeof(Scale) * WIDTH>::type ScaleLoad;
   typedef typename Bytes<WIDTH>::type ZeroLoad;
   extern __shared__ __align__(16) float shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int spans = (chunks + span - 1) / span;
-  const int block_first = int(long(spans) * blockIdx.y / gridDim.y) * span;
-  const int block_last = min(int(long(spans) * (blockIdx.y + 1) / gridDim.y) * span, chunks);
+  const int block_first = int(long(chunks) * blockIdx.y / gridDim.y);
+  const int block_last = int(long(chunks) * (blockIdx.y + 1) / gridDim.y);
   const int block_chunks = block_last - block_first;
   const int first = block_first + block_chunks * warp / WARPS;
   const int last = block_first + block_chunks * (warp + 1) / WARPS;
   const int token = blockIdx.z * TOKENS;
 
   // Weights do not depend on what ran before: the first are on their way while x is waited for.
-  Load held[DEPTH + 1][ROWS][LOADS];
+  Load held[ROWS][LOADS];
   const u32* source = words + long(first) * ROWS * stride + column_of(lane, 0);
+  if (first < last) {
 #pragma unroll
-  for (int d = 0; d < DEPTH; ++d) {
-    if (first + d < last) {
+    for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) load_row(held[d][r], source, d * ROWS + r, stride);
-    }
+      for (int l = 0; l < LOADS; ++l)
+        held[r][l] = *reinterpret_cast<const Load*>(source + long(r) * stride + l * 32 * WIDTH);
   }
   wait_for_predecessor();
-  let_successor_start();
 
   // x of the block's share as integers, a thread for a chunk of a token: (chunks, rows of words, tokens, 8), so that
-  // a warp stores what lies side by side. Behind them steps and sums (chunks, tokens), and what threads tell each
-  // other of their chunks, in turns of two.
-  float* const steps = shared + TOKENS * block_chunks * (CHUNK / 2);
-  int* const sums = reinterpret_cast<int*>(steps + TOKENS * block_chunks);
-  int* told = sums + TOKENS * block_chunks;
+  // a warp stores what lies side by side. Behind them steps and sums (chunks, tokens).
+  float2* const about = reinterpret_cast<float2*>(shared + TOKENS * block_chunks * (CHUNK / 2));
   const bool aligned = k % 8 == 0 && reinterpret_cast<unsigned long long>(x) % 16 == 0;
 #pragma unroll 1
-  for (int base = 0; base < TOKENS * block_chunks; base += THREADS) {
-    const int i = base + threadIdx.x, t = i % TOKENS, chunk = i / TOKENS, start = (block_first + chunk) * CHUNK;
-    const bool own = chunk < block_chunks;
+  for (int i = threadIdx.x; i < TOKENS * block_chunks; i += THREADS) {
+    const int t = i % TOKENS, chunk = i / TOKENS, start = (block_first + chunk) * CHUNK;
+    const u16* from = x + long(token + t) * k + start;
+    const int present = token + t < m ? k - start : 0;
     u32 raw[CHUNK / 2];
-    load_chunk(raw, x + long(token + t) * k + start, own && token + t < m ? k - start : 0, aligned);
-    told[threadIdx.x] = largest(raw);
-    __syncthreads();
-    if (own) {
-      const int* of = told + threadIdx.x - (chunk & span - 1) * TOKENS;
-      int most = of[0];
-      for (int j = 1; j < span; ++j) most = max(most, of[j * TOKENS]);
-      sums[i] = to_integers(raw, most, steps[i]);
-      uint4* to = reinterpret_cast<uint4*>(shared) + chunk * ROWS * TOKENS + t;
+    if (aligned && present >= CHUNK) {
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) to[r * TOKENS] = *reinterpret_cast<const uint4*>(raw + 4 * r);
+      for (int r = 0; r < ROWS; ++r)
+        *reinterpret_cast<uint4*>(raw + 4 * r) = reinterpret_cast<const uint4*>(from)[r];
+    } else {
+#pragma unroll
+      for (int j = 0; j < CHUNK / 2; ++j) {
+        raw[j] = 2 * j < present ? from[2 * j] : 0;
+        raw[j] |= 2 * j + 1 < present ? u32(from[2 * j + 1]) << 16 : 0;
+      }
     }
-    told += base / THREADS % 2 ? -THREADS : THREADS;
+    Chunk integers;
+    to_integers(integers, raw);
+    uint4* to = reinterpret_cast<uint4*>(shared) + chunk * ROWS * TOKENS + t;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) to[r * TOKENS] = *reinterpret_cast<const uint4*>(integers.pairs + 4 * r);
+    about[i] = {integers.step, integers.sum};
   }
   __syncthreads();
 
   float total[COLUMNS][TOKENS] = {};
-  int acc[COLUMNS][TOKENS] = {};
-  ScaleLoad group_scales[LOADS];
-  ZeroLoad group_zeros[LOADS];
-  int group = first / group_chunks, change = group * group_chunks;
+  float factor[COLUMNS], zero[COLUMNS];
+  int next_group = first;
 #pragma unroll 1
-  for (int base = first; base < last; base += DEPTH + 1) {
+  for (int chunk = first; chunk < last; ++chunk) {
+    const int local = chunk - block_first;
+    if (chunk == next_group) {
+      const int group = chunk / group_chunks;
+      next_group = (group + 1) * group_chunks;
 #pragma unroll
-    for (int d = 0; d <= DEPTH; ++d) {
-      const int chunk = base + d, local = chunk - block_first;
-      if (chunk >= last) break;
-      if (chunk + DEPTH < last) {
+      for (int l = 0; l < LOADS; ++l) {
+        const long at = long(group) * stride + column_of(lane, l * WIDTH);
+        const auto s = *reinterpret_cast<const ScaleLoad*>(static_cast<const Scale*>(scales) + at);
+        const auto z = *reinterpret_cast<const ZeroLoad*>(zeros + at);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-          load_row(held[(d + DEPTH) % (DEPTH + 1)][r], source, (DEPTH + d) * ROWS + r, stride);
-      }
-      if (chunk >= change) {
-        change += group_chunks;
-#pragma unroll
-        for (int l = 0; l < LOADS; ++l) {
-          const long at = long(group) * stride + column_of(lane, l * WIDTH);
-          group_scales[l] = *reinterpret_cast<const ScaleLoad*>(static_cast<const Scale*>(scales) + at);
-          group_zeros[l] = *reinterpret_cast<const ZeroLoad*>(zeros + at);
-        }
-        ++group;
-      }
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        u32 front[COLUMNS], back[COLUMNS];
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-          const u32 codes = reinterpret_cast<const u32*>(held[d][r])[c];
-          front[c] = codes & 0x0f0f0f0f;
-          back[c] = codes >> 4 & 0x0f0f0f0f;
-        }
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-          const uint4 v = reinterpret_cast<const uint4*>(shared)[(local * ROWS + r) * TOKENS + t];
-#pragma unroll
-          for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.x, front[c], acc[c][t]);
-#pragma unroll
-          for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.y, front[c], acc[c][t]);
-#pragma unroll
-          for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.z, back[c], acc[c][t]);
-#pragma unroll
-          for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.w, back[c], acc[c][t]);
-        }
-      }
-      if ((chunk + 1 & span - 1) == 0 || chunk + 1 == last) {
-        float step[TOKENS];
-        int sum[TOKENS];
-        for_tokens(step, steps + local * TOKENS);
-        for_tokens(sum, sums + local * TOKENS);
-#pragma unroll 1
-        for (int other = max(chunk & -span, first); other < chunk; ++other) {
-          int more[TOKENS];
-          for_tokens(more, sums + (other - block_first) * TOKENS);
-#pragma unroll
-          for (int t = 0; t < TOKENS; ++t) sum[t] += more[t];
-        }
-#pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) {
-          const float factor = scale(reinterpret_cast<const Scale*>(group_scales)[c]);
-          const float zero = float(reinterpret_cast<const u8*>(group_zeros)[c]);
-#pragma unroll
-          for (int t = 0; t < TOKENS; ++t) {
-            total[c][t] += factor * step[t] * (float(acc[c][t]) - zero * float(sum[t]));
-            acc[c][t] = 0;
-          }
+        for (int c = 0; c < WIDTH; ++c) {
+          factor[l * WIDTH + c] = scale(reinterpret_cast<const Scale*>(&s)[c]);
+          zero[l * WIDTH + c] = float(reinterpret_cast<const u8*>(&z)[c]);
         }
       }
     }
-    source += long(DEPTH + 1) * ROWS * stride;
+    source += long(ROWS) * stride;
+    int acc[COLUMNS][TOKENS];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c)
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) acc[c][t] = MAGIC_BITS;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      u32 front[COLUMNS], back[COLUMNS];
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+        const u32 codes = reinterpret_cast<const u32*>(held[r])[c];
+        front[c] = codes & 0x0f0f0f0f;
+        back[c] = codes >> 4 & 0x0f0f0f0f;
+      }
+      if (chunk + 1 < last) {
+#pragma unroll
+        for (int l = 0; l < LOADS; ++l)
+          held[r][l] = *reinterpret_cast<const Load*>(source + long(r) * stride + l * 32 * WIDTH);
+      }
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t) {
+        const uint4 v = reinterpret_cast<const uint4*>(shared)[(local * ROWS + r) * TOKENS + t];
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.x, front[c], acc[c][t]);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.y, front[c], acc[c][t]);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_low(v.z, back[c], acc[c][t]);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) acc[c][t] = dot_high(v.w, back[c], acc[c][t]);
+      }
+    }
+    // Sums of at most 32 * 15 * 2^13 < 2^22 began at MAGIC, and are floats without a conversion.
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+      const float2 of = about[local * TOKENS + t];
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+        const float sum = __uint_as_float(u32(acc[c][t])) - MAGIC;
+        total[c][t] += factor[c] * of.x * (sum - zero[c] * of.y);
+      }
+    }
   }
 
   __syncthreads();  // x is no longer needed
 #pragma unroll
-  for (int t = 0; t < TOKENS; ++t)
+  for (int c = 0; c < COLUMNS; ++c)
 #pragma unroll
-    for (int l = 0; l < LOADS; ++l) {
-      float side_by_side[WIDTH];
-#pragma unroll
-      for (int c = 0; c < WIDTH; ++c) side_by_side[c] = total[l * WIDTH + c][t];
-      reinterpret_cast<Load*>(shared)[((warp * TOKENS + t) * LOADS + l) * 32 + lane] =
-          *reinterpret_cast<const Load*>(side_by_side);
-    }
+    for (int t = 0; t < TOKENS; ++t) shared[((warp * TOKENS + t) * COLUMNS + c) * 32 + lane] = total[c][t];
   __syncthreads();
   for (int i = threadIdx.x; i < TOKENS * COLUMNS * 32; i += THREADS) {
-    const int t = token + i / (COLUMNS * 32), column = blockIdx.x * 32 * COLUMNS + i % (COLUMNS * 32);
+    const int t = token + i / (COLUMNS * 32), column = column_of(i % 32, i / 32 % COLUMNS);
     if (t >= m || column >= n) continue;
     float result = 0.f;
 #pragma unroll
@@ -335,20 +310,11 @@ extern "C" __global__ void BOUNDS
 extern "C" __global__ void __launch_bounds__(256)
     join(u16* __restrict__ y, const float* __restrict__ partial, const u16* __restrict__ bias, int size, int n,
          int shares) {
-  // The next product may take its place, and load weights, while this waits for the one before.
-  if (EARLY) let_successor_start();
   wait_for_predecessor();
-  if (!EARLY) let_successor_start();
   const int i = blockIdx.x * 256 + threadIdx.x;
   if (i >= size) return;
   float result = 0.f;
-  for (int s = 0; s < shares; s += 8) {  // whose loads do not wait for each other
-    float term[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) term[j] = s + j < shares ? partial[long(s + j) * size + i] : 0.f;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) result += term[j];
-  }
+  for (int s = 0; s < shares; ++s) result += partial[long(s) * size + i];
   y[i] = from_float(bias ? result + to_float(bias[i % n]) : result);
 }
 

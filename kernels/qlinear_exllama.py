@@ -5,11 +5,11 @@ HIP share: loads, shared memory, integer dot products, float32 sums. This module
 
 * M up to the last entry of the configurations: the packed weight is streamed once for every 8 tokens. The
   channels are shared out over blocks until the device is full; a second, ordered pass adds the shares.
-  Activations are integers of 16 bits then: of 128 channels of a token (of fewer, where fewer share a scale),
-  none is off by more than the largest of them times 2^-15, an error of at most 2e-4 of a result's norm;
+  Activations are integers of 14 bits then: of 32 channels of a token, none is off by more than the largest of
+  them times 2^-13. That is an error of 1e-4 of a result's norm for normal ones, 4e-4 at worst;
 * larger M: the weight is written out dense and the product is the BLAS's.
 
-Sums of those channels are exact, further ones float32 in an order that shape and configuration decide: the
+Sums of 32 channels are exact, further ones float32 in an order that shape and configuration decide: the
 same input gives the same bits.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from awqc.kernels import configs
 from awqc.kernels.cuda_launch import CudaKernel, kernel
-from awqc.kernels.exllama_block import ALONE, Block, chunks_of_a_step, macros
+from awqc.kernels.exllama_block import ALONE, Block, macros
 from awqc.kernels.exllama_layout import (
     CHANNELS,
     pack_groups,
@@ -71,19 +71,18 @@ def prepare(
     tokens: int,
     rows: int,
     chunks: int,
-    span: int,
     dtype: torch.dtype,
     scales: torch.dtype,
     device: torch.device,
 ) -> Prepared:
     """Kernels for ``tokens`` (a multiple of the block's) on a weight of ``rows`` by ``chunks``."""
     at = hardware(device)
-    shares = block.shares(tokens, rows, chunks, span, at.processors, at.shared_bytes)
+    shares = block.shares(tokens, rows, chunks, at.processors, at.shared_bytes)
     dependent = _dependent(at)
     defines = macros(block, dtype, scales, dependent)
-    shared = block.shared_bytes(chunks, span, shares)
+    shared = block.shared_bytes(chunks, shares)
     product = kernel(
-        _SOURCE, "product", "PPPPPPPiiiiiii", device, shared=shared, dependent=dependent, **defines
+        _SOURCE, "product", "PPPPPPPiiiiii", device, shared=shared, dependent=dependent, **defines
     )
     return Prepared(
         product, kernel(_SOURCE, "join", "PPPiii", device, dependent=dependent, **defines), shares
@@ -117,9 +116,9 @@ def multiply(
         group: channels that share a scale, a multiple of ``CHANNELS`` or all of them.
     """
     m, k = x.shape
-    chunks, span = words.shape[0] * 8 // CHANNELS, chunks_of_a_step(group)
+    chunks = words.shape[0] * 8 // CHANNELS
     rounded = block.tokens * math.ceil(m / block.tokens)
-    launch = prepare(block, rounded, n, chunks, span, x.dtype, scales.dtype, x.device)
+    launch = prepare(block, rounded, n, chunks, x.dtype, scales.dtype, x.device)
     y = x.new_empty(m, n)
     partial = y if launch.shares == 1 else x.new_empty(launch.shares, m, n, dtype=torch.float32)
     added = 0 if bias is None else bias.data_ptr()
@@ -140,7 +139,6 @@ def multiply(
             words.shape[1],
             chunks,
             math.ceil(group / CHANNELS),
-            span,
         ),
     )
     if launch.shares > 1:
@@ -245,9 +243,8 @@ def describe(
             Launch("cuBLAS", nbytes(x, bias) + size, out),
         ]
     block, chunks = Block(**found), words.shape[0] * 8 // CHANNELS
-    span = chunks_of_a_step(group_channels(group_size, k))
     rounded = block.tokens * math.ceil(m / block.tokens)
-    shares = block.shares(rounded, out_features, chunks, span, at.processors, at.shared_bytes)
+    shares = block.shares(rounded, out_features, chunks, at.processors, at.shared_bytes)
     defines = macros(block, x.dtype, scales.dtype, _dependent(at))
     partial = shares * m * out_features * 4
     product = Launch(
@@ -256,7 +253,7 @@ def describe(
         partial if shares > 1 else out,
         grid=_grid(block, m, out_features, shares),
         block=(32 * block.warps,),
-        shared=block.shared_bytes(chunks, span, shares),
+        shared=block.shared_bytes(chunks, shares),
         config={**asdict(block), "shares": shares},
         code=_code("product", defines),
     )

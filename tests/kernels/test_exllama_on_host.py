@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awqc.kernels.exllama_block import ALONE, Block, chunks_of_a_step, macros
+from awqc.kernels.exllama_block import ALONE, Block, macros
 from awqc.kernels.exllama_layout import CHANNELS
 from awqc.kernels.qlinear_exllama import ExLlama
 from awqc.quantized import QuantizedWeight, Scheme, quantize
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 ENTRY = """
 extern "C" void run_product(unsigned gx, unsigned gy, unsigned gz, u16* y, float* partial, const u16* x,
     const u32* words, const void* scales, const u8* zeros, const u16* bias, int m, int n, int k, int stride,
-    int chunks, int group_chunks, int span) {
+    int chunks, int group_chunks) {
   launch({gx, gy, gz}, THREADS, [=] {
-    product(y, partial, x, words, scales, zeros, bias, m, n, k, stride, chunks, group_chunks, span); });
+    product(y, partial, x, words, scales, zeros, bias, m, n, k, stride, chunks, group_chunks); });
 }
 extern "C" void run_join(unsigned gx, u16* y, const float* partial, const u16* bias, int size, int n,
     int shares) {
@@ -73,9 +73,8 @@ def multiply_on_host(
     chunks = words.shape[0] * 8 // CHANNELS
     group = k if group_size == -1 else min(group_size, k)
     rounded = block.tokens * math.ceil(m / block.tokens)
-    span = chunks_of_a_step(group)
-    shares = block.shares(rounded, n, chunks, span, processors, limit)
-    assert block.shared_bytes(chunks, span, shares) <= min(limit, 4 << 16)
+    shares = block.shares(rounded, n, chunks, processors, limit)
+    assert block.shared_bytes(chunks, shares) <= min(limit, 4 << 16)
     nan = torch.tensor(float("nan"), dtype=x.dtype)
     y = Memory(kernels, nan.expand(m, n))
     partial = Memory(kernels, nan.float().expand(shares, m, n))
@@ -84,7 +83,7 @@ def multiply_on_host(
     pointers = [o.pointer for o in operands]
     pointers[0] = ctypes.c_void_p(pointers[0].value + skip * x.itemsize)
     grid = (math.ceil(n / (32 * block.columns)), shares, rounded // block.tokens)
-    sizes = (m, n, k, stride, chunks, math.ceil(group / CHANNELS), span)
+    sizes = (m, n, k, stride, chunks, math.ceil(group / CHANNELS))
     kernels.run_product(*grid, y.pointer, partial.pointer, *pointers, *sizes)
     if shares > 1:
         blocks = math.ceil(m * n / 256)
@@ -92,21 +91,20 @@ def multiply_on_host(
     return y.read()
 
 
-def in_integers(x: Tensor, span: int) -> Tensor:
-    """The activations ``(M, K)`` float64 that the kernel multiplies: of ``span`` chunks of a token, integers
-    below 2**15 in steps of the power of two that the largest needs."""
-    k, together = x.shape[1], span * CHANNELS
-    spans = F.pad(x.double(), (0, -k % together)).unflatten(1, (-1, together))
-    # A float64 is mantissa * 2**exponent with a mantissa in [0.5, 1): 2**15 stands for the power.
-    exponent = torch.frexp(spans.abs().amax(2, keepdim=True)).exponent.clamp(min=-111)
-    step = torch.exp2(exponent.double() - 15)
-    return (torch.round(spans / step) * step).flatten(1)[:, :k]
+def in_integers(x: Tensor) -> Tensor:
+    """The activations ``(M, K)`` float64 that the kernel multiplies: of every 32 channels of a token,
+    integers up to 2**13 in steps of the power of two that the largest needs."""
+    k = x.shape[1]
+    chunks = F.pad(x.double(), (0, -k % CHANNELS)).unflatten(1, (-1, CHANNELS))
+    # A float64 is mantissa * 2**exponent with a mantissa in [0.5, 1): 2**13 stands for the power.
+    exponent = torch.frexp(chunks.abs().amax(2, keepdim=True)).exponent.clamp(min=-112)
+    step = torch.exp2(exponent.double() - 13)
+    return (torch.round(chunks / step) * step).flatten(1)[:, :k]
 
 
 def assert_close(got: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
-    """Exact sums of products of integers and codes, added in float32, and one rounding of the result."""
-    k, group = x.shape[1], weight.scheme.group_size
-    taken = in_integers(x, chunks_of_a_step(k if group == -1 else min(group, k)))
+    """Exact sums of 32 products of integers and codes, added in float32, and one rounding of the result."""
+    k, taken = x.shape[1], in_integers(x)
     want = taken @ weight.dequantize(torch.float64).t() + (0 if bias is None else bias.double())
     rounding = torch.finfo(x.dtype).eps / 2 * want.abs()
     energy = taken.norm(dim=1, keepdim=True) * weight.scales.double().amax() * 30
@@ -115,7 +113,7 @@ def assert_close(got: Tensor, x: Tensor, weight: QuantizedWeight, bias: Tensor |
 
 @pytest.mark.parametrize(
     "block",
-    [Block(1, 4, 8, 4), Block(2, 2, 4, 2, rounds=2), Block(4, 1, 4, 2, depth=4), Block(8, 8, 2, 2, depth=2)],
+    [Block(1, 4, 8, 4), Block(2, 2, 4, 2), Block(4, 1, 12, 2), Block(8, 8, 4, 2)],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -206,8 +204,8 @@ def test_integers_cost_less_than_the_bar_of_errors_leaves(kind: str, dtype: torc
     got = multiply_on_host(x, weight, None, Block(4, 2, 4, 2), 4, 64 << 10)
     assert_close(got, x, weight)
     errors = (got.double() - want).norm(dim=1) / want.norm(dim=1)
-    # Half a step of each integer, at random in it, over one activation that is all there is of 128.
-    worst = (128 / 3) ** 0.5 * 2.0**-15
+    # Half a step of each integer, at random in it, over one activation that is all there is of its chunk.
+    worst = (CHANNELS / 3) ** 0.5 * 2.0**-13
     assert (errors <= worst + torch.finfo(dtype).eps / 2).all()
     assert (errors <= {torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]).all()
 
