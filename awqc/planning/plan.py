@@ -47,8 +47,8 @@ from awqc.work import Work, matrices_of, quantized_views, run, weights_read
 #: Bytes for each weight while whole graphs are checked, where all are held: in float32, and twice in float64;
 #: and for each element of the largest, where one is there at a time, in float64.
 _HELD, _STREAMED = 4 + 8 + 8, 8
-#: Bytes for each element of the largest tensor when what was written is read back and compared, first as it was
-#: and then as it is on disk: in float32, and in the 16 bits that it comes from, mapped and copied.
+#: Bytes for each element of the largest tensor when what was written is read back and compared, first as it
+#: was and then as it is on disk: in float32, and in the 16 bits that it comes from, mapped and copied.
 _READ_BACK = 4 + 2 + 2
 
 
