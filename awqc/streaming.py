@@ -24,10 +24,11 @@ from awqc.errors import CheckpointError, ConfigError
 from awqc.flags import Flags
 from awqc.job import SEQ_LEN, Calibration, Job, account, check_pipeline, start
 from awqc.journal import Follower, Identity, Journal, SourceDigest, journal_path
+from awqc.journal.entry import write_whole
 from awqc.memory import SHARD_SHARE, enforced, memory_limit
 from awqc.pipeline import Pipeline
 from awqc.ranks import current
-from awqc.report import Report
+from awqc.report import REPORT_FILE, Report
 from awqc.runtime.experts import QuantExperts
 from awqc.runtime.linear import QuantLinear
 from awqc.runtime.lowered import LoweredExperts, LoweredLinears
@@ -125,6 +126,8 @@ def compile_to(
             if ranks.first:
                 with job.context.report.timed("save"):
                     written = _write(job, target, format, overwrite)
+                # Now that it is known how long that took.
+                write_whole(target / REPORT_FILE, written.report.to_json().encode())
             else:
                 written = CompiledCheckpoint(target, format, job.context.report)
             ranks.agree("", None)  # what is written is there for all
