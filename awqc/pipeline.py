@@ -27,7 +27,6 @@ from awqc.observers.activations import Activations
 from awqc.observers.stages import Observer, Stage, Stages
 from awqc.observers.statistics import Statistics
 from awqc.quantization.scales import FoldedScales
-from awqc.report import Report
 from awqc.text import diff_text
 from awqc.verify import StageCheck, check_equal
 from awqc.work import Work
@@ -234,10 +233,7 @@ class _Runner:
 
     def __init__(self, graph: Graph, context: Context, flags: Flags) -> None:
         self.graph, self.context, self.flags = graph, context, flags
-
-    @property
-    def _report(self) -> Report:
-        return self.context.report
+        self._report = context.report
 
     def run_on_graph(self, current: Pass) -> None:
         equal = current.output == "equal" and self.flags.check
@@ -339,6 +335,8 @@ class _Runner:
             if check is not None and current.output == "equal":
                 with self._report.timed("check"):
                     check.after(current.name)
+        if stage is not self.graph.facts[Stages].stages[-1]:
+            self.graph.facts.drop(Statistics)  # the largest of all, and of this stage
         self._advance(activations, stage)
         self.graph.weights.release()
 
@@ -384,10 +382,10 @@ class _Runner:
         context, device = self.context, self.graph.weights.device
         self.graph.weights.release()
         if less:
-            limit = context.limit
-            if limit.device is None and device.type == "cuda":
-                limit = replace(limit, device=torch.cuda.get_device_properties(device).total_memory)
-            context.limit = limit.halved()
+            if context.limit.device is None and device.type == "cuda":
+                total = torch.cuda.get_device_properties(device).total_memory
+                context.limit = replace(context.limit, device=total)
+            context.limit = context.limit.halved()
             statistics = self.graph.facts.get(Statistics)
             if statistics is not None:
                 statistics.offload()
@@ -395,6 +393,5 @@ class _Runner:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         stage = context.stage.observers[0].name if context.stage is not None else "the whole graph"
-        size = "" if context.limit.device is None else f", at most {context.limit.device / 1e9:.1f} GB,"
-        with_less = f" with less{size} on {device}" if less else ""
-        context.report.note(current.name, f"ran out of memory on {stage} ({failure}): done again{with_less}")
+        how = f" with less, at most {(context.limit.device or 0) / 1e9:.1f} GB, on {device}" if less else ""
+        context.report.note(current.name, f"ran out of memory on {stage} ({failure}): done again{how}")

@@ -56,8 +56,7 @@ class Calibrate(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None
-        statistics = graph.facts[Activations].observe(context.stage)
-        graph.facts[Statistics] = statistics
+        statistics = graph.facts[Statistics] = graph.facts[Activations].observe(context.stage)
         schemes = graph.facts[Schemes]
         for observer in context.stage.observers:
             held = _HELD[statistics.kinds[observer.node]]

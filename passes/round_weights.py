@@ -189,7 +189,7 @@ class RoundWeights(Pass):
             if len(chunk) == 1:
                 codes = [self._rows(weights[start], together[0], factors[0], here[0], orders[0], ranks)]
             else:
-                joined = [torch.cat(weights[e]) for e in chunk]
+                joined = [torch.cat(weights[e]) if len(weights[e]) > 1 else weights[e][0] for e in chunk]
                 columns = [ColumnGrid.of(grid, order) for grid, order in zip(together, orders, strict=True)]
                 grid = ColumnGrid.stack(columns)
                 stacked = compensated_codes(
