@@ -52,7 +52,7 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tmp_path: Path) -> None:
     assert len(TensorFiles(tmp_path)) == 2
 
 
-def test_no_more_than_a_shard_is_held(tmp_path: Path) -> None:
+def test_no_more_than_two_shards_are_held(tmp_path: Path) -> None:
     memory: list[weakref.ref[np.ndarray]] = []
     most = 0
 
@@ -68,7 +68,7 @@ def test_no_more_than_a_shard_is_held(tmp_path: Path) -> None:
             yield f"t{i}", tensor
 
     write_sharded(tmp_path, stream(), 3 * KB)
-    assert most == 3 + 1  # a full shard, and the one that does not fit into it
+    assert 3 < most <= 2 * 3 + 1  # one that is written, one that is full, and what does not fit into it
 
 
 def test_tied_and_strided_tensors_are_written_in_full(tmp_path: Path) -> None:
