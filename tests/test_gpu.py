@@ -13,6 +13,7 @@ from awqc import QuantConfig
 from awqc.capture import relative_error
 from awqc.errors import ConfigError
 from awqc.memory import MemoryLimit, enforced
+from tests import mixtures, models
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +50,23 @@ def test_a_half_precision_load_generates(
     model = awqc.load(saved, device="cuda")
     assert {t.dtype for t in model.parameters()} == {torch.float16}
     assert torch.isfinite(model(token_ids[:1].cuda()).logits).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("limit", [None, "200MB"])
+def test_a_compile_onto_disk_on_the_device(name: str, limit: str | None, tmp_path: Path) -> None:
+    model = models.llama() if name == "llama" else mixtures.build(name)
+    model.save_pretrained(tmp_path / "model")
+    ids = mixtures.token_ids(1, 16, 64)
+    found = awqc.compile_to(
+        tmp_path / "model", tmp_path / "out", ids, config=CONFIG, device="cuda", max_memory=limit
+    )
+    assert list(found.report.quantized())
+    assert not [what for _, what in found.report.notes if "ran out of memory" in what]
+    loaded = awqc.load(tmp_path / "out", device="cuda", dtype=torch.float32)
+    with torch.no_grad():
+        error = relative_error(loaded(ids[:1].cuda()).logits.cpu(), model(ids[:1]).logits)
+    assert error < 0.5  # 4 bits and random weights: far from another model
 
 
 def test_what_max_memory_allows_is_all_that_is_taken() -> None:
