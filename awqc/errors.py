@@ -27,6 +27,10 @@ class CalibrationError(AwqcError):
     """Calibration data that is missing, unreadable, too long or not finite."""
 
 
+class NoTokenizerError(CalibrationError):
+    """Text without the tokenizer that its model reads it through."""
+
+
 class NonFiniteError(AwqcError):
     """NaN or Inf in a weight or an activation."""
 

@@ -26,6 +26,7 @@ from awqc.checkpoints import SearchRecord, fingerprint, hash_tensor
 from awqc.config import QuantConfig
 from awqc.context import Context, Progress, Silent
 from awqc.driver import default_pipeline
+from awqc.errors import ConfigError, NoTokenizerError
 from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.journal import Journal
@@ -176,23 +177,30 @@ def _tokens(
     # Nobody who asks for nothing in particular wants an error for a model with a short context.
     if limit is not None and seq_len == SEQ_LEN:
         seq_len = min(seq_len, limit)
+    missing: ConfigError | None = None
     if tokenizer is None and source.path is not None and not isinstance(data, Tensor):
-        tokenizer = source.tokenizer()
+        try:
+            tokenizer = source.tokenizer()
+        except ConfigError as error:
+            missing = error  # which token ids do not notice
+    writes = isinstance(data, str) and data == "self"
     with tempfile.TemporaryDirectory() as folder:
-        writes = isinstance(data, str) and data == "self"
-        return load_tokens(
-            data,
-            tokenizer=tokenizer,
-            model=source.materialized(max_memory, Path(folder)) if writes else None,
-            max_calib_samples=calibration.samples,
-            max_calib_seq_len=seq_len,
-            split=calibration.split,
-            column=calibration.column,
-            seed=config.seed,
-            limit=limit,
-            vocab_size=vocabulary,
-            progress=progress.count("reading calibration data"),
-        )
+        try:
+            return load_tokens(
+                data,
+                tokenizer=tokenizer,
+                model=source.materialized(max_memory, Path(folder)) if writes else None,
+                max_calib_samples=calibration.samples,
+                max_calib_seq_len=seq_len,
+                split=calibration.split,
+                column=calibration.column,
+                seed=config.seed,
+                limit=limit,
+                vocab_size=vocabulary,
+                progress=progress.count("reading calibration data"),
+            )
+        except NoTokenizerError as error:
+            raise missing or error from error
 
 
 def _report(config: QuantConfig, tokens: CalibrationInputs, source: ModelSource) -> Report:

@@ -110,7 +110,8 @@ def enforced(limit: MemoryLimit, device: torch.device) -> Iterator[None]:
     if device.type != "cuda" or limit.device is None:
         yield
         return
-    device = _indexed(device)
+    if device.index is None:  # of several processes, each has its own
+        device = torch.device("cuda", torch.cuda.current_device())
     _let_segments_grow()
     before = torch.cuda.get_per_process_memory_fraction(device)
     total = torch.cuda.get_device_properties(device).total_memory

@@ -170,6 +170,17 @@ def test_text_without_a_tokenizer(tiny_llama: LlamaForCausalLM) -> None:
 # -- options -----------------------------------------------------------------------------------------------
 
 
+def test_a_directory_without_a_tokenizer(directory: Path, token_ids: Tensor, tmp_path: Path) -> None:
+    said = refusal(ConfigError, directory, ["a text"])
+    assert said.startswith(f"{directory} holds no tokenizer that transformers can load (")
+    assert said.endswith("copy the tokenizer's files there, or pass tokenizer=... or token ids")
+    ids = tmp_path / "ids.jsonl"  # which need none
+    ids.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in token_ids.tolist()))
+    assert awqc.compile(directory, str(ids), config=CONFIG, max_calib_seq_len=16).report.calibration[
+        "samples"
+    ]
+
+
 def test_a_group_size_that_divides_nothing(tiny_llama: LlamaForCausalLM, token_ids: Tensor) -> None:
     message = refusal(ConfigError, tiny_llama, token_ids, config=QuantConfig(group_size=48))
     assert message == (

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from awqc.calibration.corpus import conversation_length
 from awqc.calibration.documents import Conversation
-from awqc.errors import CalibrationError
+from awqc.errors import CalibrationError, NoTokenizerError
 
 #: Characters encoded at first for each token still wanted; doubled until they suffice.
 _CHARACTERS_PER_TOKEN = 6
@@ -35,7 +35,7 @@ class TokenizedText:
 
     def __init__(self, texts: Sequence[str | Conversation], tokenizer: Any, source: str) -> None:
         if tokenizer is None:
-            raise CalibrationError(f"{source} is text: pass the model's tokenizer, or token ids instead")
+            raise NoTokenizerError(f"{source} is text: pass the model's tokenizer, or token ids instead")
         if not tokenizer.chat_template and not all(isinstance(text, str) for text in texts):
             raise CalibrationError(
                 f"{source} holds conversations, but the tokenizer has no chat template: "
