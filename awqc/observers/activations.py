@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -141,10 +142,11 @@ class Activations:
                 # What is known of one sample is known of all.
                 program = program or self._program(wanted, values, self._calls_behind(wanted))
                 program.run(values, self.graph.weights)
-            with gram_products(self._dtype, device):
-                self._add(statistics, values, sample, start)
+            self._add(statistics, values, sample, start)
         for observer in stage.observers:
-            for found in statistics.finish(observer.node, ranks):
+            with self._products():
+                finished = statistics.finish(observer.node, ranks)
+            for found in finished:
                 # A NaN or Inf anywhere makes these sums non-finite.
                 total = found.mean_abs.sum() + found.gram.diagonal().sum() + found.held_out.diagonal().sum()
                 if not bool(torch.isfinite(total)):
@@ -163,13 +165,19 @@ class Activations:
             x = found.mean_abs.new_empty(0, width) if sample is None else values[node].reshape(-1, width)
             for index, each in enumerate(ranks.gather(x), first):
                 for rows, held_out in split_sample(each, index, count) if index < count else ():
-                    found.add(rows, held_out, ranks)
+                    with self._products():
+                        found.add(rows, held_out, ranks)
         for by_expert in statistics.by_expert.values():
             own = [] if sample is None else self._expert_rows(by_expert.view, values, sample)
             for index, parts in enumerate(self._gathered(list(own), by_expert.view), first):
                 for expert, each in parts:
                     for rows, held_out in split_sample(each, index, count):
-                        by_expert.add(expert, rows, held_out, ranks)
+                        with self._products():
+                            by_expert.add(expert, rows, held_out, ranks)
+
+    def _products(self) -> AbstractContextManager[None]:
+        """The precision of those that add up Gram matrices; nothing else is computed within."""
+        return gram_products(self._dtype, self.graph.weights.device)
 
     def _gathered(
         self, parts: list[tuple[int, Tensor]], view: ExpertLinear
@@ -203,11 +211,7 @@ class Activations:
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``: values computed before it are divided alike."""
         self.events.append((group.name, scales))
-        alike = {
-            node: group.scale_of(node, scales)
-            for node, value in group.values.items()
-            if value.routing is None
-        }
+        alike: dict[fx.Node, Tensor | None] = {}
         for index, sample in enumerate(self.samples):
             if _divide(sample, group, scales, alike):
                 self.samples[index] = sample
