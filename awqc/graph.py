@@ -152,19 +152,6 @@ class Graph:
         return result
 
 
-def live_after(graph: Graph, position: int, outputs: Iterable[fx.Node] = ()) -> list[fx.Node]:
-    """Nodes computed before ``position`` (an index into ``graph.nodes``) that are used at or after it."""
-    order = graph.order()
-    wanted = set(outputs)
-    return [
-        n
-        for n, i in order.items()
-        if i < position
-        and n.op in ("call_function", "placeholder")
-        and (n in wanted or any(order[u] >= position for u in n.users))
-    ]
-
-
 def _makes_default(node: fx.Node) -> bool:
     """Whether ``node`` makes a tensor from nothing, of whatever dtype is the default."""
     if node.all_input_nodes or not isinstance(node.target, torch._ops.OpOverload):
