@@ -7,8 +7,9 @@
 
 Calibration is ``MODEL/calibration.jsonl`` unless another file is given. Runs once in a fresh process; nothing
 is warmed up. Peak host memory is that of the process, imports included; device memory is what torch's
-allocator has taken from the device. The largest term and its share come last. ``--seconds`` ends a run that
-takes longer and prints what the journal holds of it; the next run continues from there.
+allocator has taken from the device, and what of that was in use. The largest term comes first. ``--seconds``
+ends a run that takes longer and prints what the journal holds of it; the next run continues from there. What
+``--json`` writes is read by ``plan.py --seen``.
 """
 
 from __future__ import annotations
@@ -79,12 +80,16 @@ def main() -> int:
     total = time.perf_counter() - start
     print("\n".join(notes))
     table(seconds, total)
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    device = torch.cuda.max_memory_reserved() / 1e9 if options.device.startswith("cuda") else 0.0
-    print(f"imports {imported:.1f} s, compile {total:.1f} s, host {host:.2f} GiB, device {device:.2f} GB")
+    figures: dict[str, Any] = {"seconds": seconds, "total_seconds": imported + total, "notes": notes}
+    figures["host"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if options.device.startswith("cuda"):
+        figures["device"] = torch.cuda.max_memory_allocated()
+        figures["taken"] = torch.cuda.max_memory_reserved()
+    places = [place for place in ("host", "device", "taken") if place in figures]
+    sizes = ", ".join(f"{place} {figures[place] / 1e9:.2f} GB" for place in places)
+    print(f"imports {imported:.1f} s, compile {total:.1f} s, {sizes}")
     if options.json:
-        figures = {"seconds": seconds, "total": total + imported, "host": host, "device": device}
-        options.json.write_text(json.dumps(figures | {"notes": notes}))
+        options.json.write_text(json.dumps(figures))
     return 0
 
 

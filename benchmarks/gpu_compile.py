@@ -7,7 +7,8 @@
 Weights are random (``make_checkpoint.py``) and made on the GPU, all at once; calibration is 128 x 512 tokens;
 each compile runs in a process of its own, from the command to the saved checkpoint. Where a model has more
 layers than fit into a run, two compiles with fewer give the seconds of a layer, their difference, and of the
-rest; the whole is computed from these, and says so. A bar that is missed is marked.
+rest; the whole is computed from these, and says so. A bar that is missed is marked. Compiles of the default
+pipeline are followed by their plan, against what was seen.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class Case:
     def compiled(self) -> tuple[int, ...]:
         """Layers of the models that are compiled."""
         return self.measured or (self.layers,)
+
+    @property
+    def limit(self) -> str:
+        """What the compile is told: what the driver and its libraries take is on top of it."""
+        return f"{0.85 * self.memory:.1f}GB"
 
     def model(self, layers: int, scratch: Path) -> Path:
         """Where the checkpoint is."""
@@ -107,10 +113,12 @@ def run(case: Case, layers: int, scratch: Path, device: str, end: float) -> dict
         return None
     shutil.rmtree(out, ignore_errors=True)
     command = ["compile_streaming.py", model, out, "--device", device, "--json", figures]
-    # What the driver and its libraries take is on top of the limit.
-    command += ["--max-memory", f"{0.85 * case.memory:.1f}GB", "--seconds", max(left - 10, 1)]
+    limit = ["--max-memory", case.limit]
+    command += [*limit, "--seconds", max(left - 10, 1)]
     done = call([*command, *(["--nearest"] if case.nearest else [])], left)
     shutil.rmtree(out, ignore_errors=True)
+    if done and not case.nearest:
+        call(["plan.py", model, "--seen", figures, "--device", device, *limit], end - time.monotonic())
     return json.loads(figures.read_text()) if done and figures.is_file() else None
 
 
@@ -128,13 +136,13 @@ def line(case: Case, runs: list[dict[str, Any] | None]) -> str:
     if any(one is None or any(n.startswith("stopped") for n in one["notes"]) for one in runs):
         return f"{case.name:12} not run to its end"
     found = [one for one in runs if one is not None]
-    total, how = found[-1]["total"], "measured"
+    total, how = found[-1]["total_seconds"], "measured"
     if case.measured:
         few, more = case.measured
-        layer = (found[1]["total"] - found[0]["total"]) / (more - few)
-        total = found[0]["total"] + layer * (case.layers - few)
+        layer = (found[1]["total_seconds"] - found[0]["total_seconds"]) / (more - few)
+        total = found[0]["total_seconds"] + layer * (case.layers - few)
         how = f"computed from {few} and {more} layers, {layer:.2f} s each"
-    memory = max(one["device"] for one in found)
+    memory = max(one["taken"] for one in found) / 1e9
     largest = max(found[-1]["seconds"], key=lambda name: found[-1]["seconds"][name])
     missed = "MISSED" if total > case.seconds or memory > case.memory else ""
     return (

@@ -3,6 +3,7 @@
     python benchmarks/plan.py --shapes                          # configs of 8B to 671B, no weights
     python benchmarks/plan.py MODEL --calib FILE --samples 16   # time and peak memory, foretold and seen
     python benchmarks/plan.py MODEL --calib FILE --device cuda --max-memory 10GB
+    python benchmarks/plan.py MODEL --seen FIGURES.json         # what compile_streaming.py --json wrote
 
 Plan and compile run one after the other in fresh interpreters. Memory of the CPU is the peak resident memory
 of the process, that of a GPU what torch has allocated at its peak.
@@ -75,7 +76,8 @@ def apart(task: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def compare(options: argparse.Namespace) -> None:
     """One table: foretold, seen, and their ratio."""
-    plan, seen = apart("plan", options), apart("compile", options)
+    plan = apart("plan", options)
+    seen = json.loads(options.seen.read_text()) if options.seen else apart("compile", options)
     print(f"{options.model}, {options.samples} samples, {options.device}; the plan took {plan['took']:.1f} s")
     print(f"{'':24}{'plan':>10}{'seen':>10}{'ratio':>8}")
     for name, spent in plan["seconds"].items():
@@ -125,6 +127,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-memory")
+    parser.add_argument("--seen", type=Path, help="figures of a compile, instead of one more")
     parser.add_argument("--task", choices=["plan", "compile"], help="used by the script itself")
     options = parser.parse_args()
     if options.task is not None:
@@ -132,8 +135,8 @@ def main() -> None:
         print(json.dumps(found | {"peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
     elif options.shapes:
         shapes(options)
-    elif options.model is None or not options.calib:
-        parser.error("give MODEL and --calib, or --shapes")
+    elif options.model is None or not (options.calib or options.seen):
+        parser.error("give MODEL and --calib or --seen, or --shapes")
     else:
         compare(options)
 
