@@ -47,9 +47,9 @@ from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight
 from kernels import GROUP, SHAPES, per_call, repeated, rotation, weight_of
 
 TOKENS = {
-    "marlin": (1, 8, 16),
+    "marlin": (16, 8, 1),
     "wide": (512, 2048, 256, 128, 32, 64),
-    "wide-bf16": (512, 2048, 256, 8192),
+    "wide-bf16": (512, 2048, 256, 8192, 32, 64),
     "exllama": (1, 2, 4, 8),
     "triton": (1, 16, 32),
 }
@@ -78,14 +78,20 @@ def streams(n: int, k: int, m: int) -> list[Candidate]:
     """Tilings of ``marlin_small.cu``; the first is the one that ships."""
     rows, columns = -(-n // 64), -(-k // 128)
     found = {marlin_stream.tile(rows, columns, m, GROUP, 132, LIMIT): None}
-    for split in (1, 2, 4):
+    # Sums of a strip, and of a group of it, are 8 registers for every 8 tokens: at most half of all.
+    most = 16 // -(-m // 8)
+    for split, warps in product((1, 2, 4, 8), (4, 8, 16)):
         share = -(-rows * 4 // (132 // split))
-        for rounds in {-(-share // 8), -(-share // 4)}:
-            for warps in (8, 16):
-                for depth in (1, 2, 3, 4):
-                    tiling = marlin_stream.Tiling(warps, -(-share // rounds), rounds, split, depth)
-                    if tiling.shared_bytes(m, GROUP) <= LIMIT:
-                        found[tiling] = None
+        for rounds in {-(-share // most), -(-share // 4)}:
+            at_once = -(-share // rounds)
+            if warps * at_once > 64:
+                continue
+            for depth in (4, 3, 2, 1):
+                tiling = marlin_stream.Tiling(warps, at_once, rounds, split, depth)
+                if tiling.shared_bytes(m, GROUP) <= LIMIT:
+                    found[tiling] = None
+                    if depth < 3:
+                        break
     # The other way of summing activations, for what ships alone.
     other = Candidate(next(iter(found)), (("TURNED", 1 - marlin_stream.TURNED),))
     return [*(Candidate(tiling) for tiling in found), other]
@@ -245,6 +251,7 @@ def warm(options: argparse.Namespace) -> None:
     """Let side processes compile everything into the caches on disk."""
     count = min(14, os.cpu_count() or 1)
     command = [sys.executable, __file__, "--kernels", *options.kernels]
+    command += ["--tokens", *map(str, options.tokens)] if options.tokens else []
     processes = [subprocess.Popen([*command, "--warm", f"{i}/{count}"]) for i in range(count)]
     last = time.monotonic() + options.warm_seconds
     for process in processes:
@@ -323,12 +330,16 @@ def shipped_tables(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kernels", nargs="*", default=list(TOKENS), choices=list(TOKENS))
+    parser.add_argument("--tokens", nargs="*", type=int, help="of those that a kernel is made for")
     parser.add_argument("--seconds", type=float, default=90, help="stop timing after so long")
     parser.add_argument("--warm-seconds", type=float, default=45, help="stop compiling after so long")
     parser.add_argument("--warm", help="for side processes")
     parser.add_argument("--out", help="CSV file")
     parser.add_argument("--configs", help="JSON file, as kernels/configs_<device>.json, from what was found")
     options = parser.parse_args()
+    if options.tokens:
+        for kernel, tokens in TOKENS.items():
+            TOKENS[kernel] = tuple(m for m in tokens if m in options.tokens)
     if options.warm:
         return warmed(options)
     warm(options)

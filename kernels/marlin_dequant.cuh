@@ -9,7 +9,7 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 }
 
 // A number in both halves of a register, in the dtype of the activations.
-__device__ __forceinline__ u32 twice(float value) { return from_float(value) * 0x10001u; }
+__device__ __forceinline__ u32 twice(float value) { return from_floats(value, value); }
 
 // 16 + z in both halves of a register, for z up to 16: like 16 + q, put together from its bits.
 __device__ __forceinline__ u32 sixteen_and(u32 z) { return BF16 ? 0x41804180u + z * 0x80008u : 0x4C004C00u + z * 0x400040u; }

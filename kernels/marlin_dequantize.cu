@@ -25,10 +25,9 @@ extern "C" __global__ void __launch_bounds__(128)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float s0 = scales[i & 1], z0 = offsets[i & 1];
-        const u16 low = from_float((to_float(u16(a[i])) - z0) * s0);
-        const u16 high = from_float((to_float(u16(a[i] >> 16)) - z0) * s0);
+        const u32 both = from_floats((to_float(u16(a[i])) - z0) * s0, (to_float(u16(a[i] >> 16)) - z0) * s0);
         const int row = (lane >> 2) + (i & 1) * 8, column = (g * TILES + s) * 16 + (i >> 1) * 8 + (lane & 3) * 2;
-        *reinterpret_cast<u32*>(staged[strip] + row * 272 + column * 2) = u32(low) | u32(high) << 16;
+        *reinterpret_cast<u32*>(staged[strip] + row * 272 + column * 2) = both;
       }
     }
   }

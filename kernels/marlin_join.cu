@@ -31,8 +31,8 @@ extern "C" __global__ void __launch_bounds__(256)
   }
 #if WIDTH == 4
   uint2 both;
-  both.x = from_float(sum[0]) | u32(from_float(sum[1])) << 16;
-  both.y = from_float(sum[2]) | u32(from_float(sum[3])) << 16;
+  both.x = from_floats(sum[0], sum[1]);
+  both.y = from_floats(sum[2], sum[3]);
   *reinterpret_cast<uint2*>(y + e) = both;
 #else
   y[e] = from_float(sum[0]);

@@ -67,7 +67,7 @@ __device__ __forceinline__ void store(const float* acc, u8* staged, u16* y, cons
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float shift = i & 1 ? high : low;
-      pairs[i] = from_float(sums[2 * i] + shift) | u32(from_float(sums[2 * i + 1] + shift)) << 16;
+      pairs[i] = from_floats(sums[2 * i] + shift, sums[2 * i + 1] + shift);
     }
     store_transposed(to + c * 2048, pairs);
   }

@@ -31,6 +31,17 @@ __device__ __forceinline__ u16 from_float(float value) {
   return out;
 }
 
+// Two numbers in one register, the first in its lower half.
+__device__ __forceinline__ u32 from_floats(float low, float high) {
+  u32 out;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+#endif
+  return out;
+}
+
 __device__ __forceinline__ u32 subtract2(u32 a, u32 b) {
   u32 out;
 #if BF16

@@ -21,9 +21,11 @@ static u16 from_float(float value) {
 #endif
 }
 
+static u32 from_floats(float low, float high) { return from_float(low) | u32(from_float(high)) << 16; }
+
 // Two numbers of the activations' dtype at a time; a float holds what is between.
 template <class F> static u32 in_pairs(u32 a, u32 b, F f) {
-  return from_float(f(element(u16(a)), element(u16(b)))) | u32(from_float(f(element(u16(a >> 16)), element(u16(b >> 16))))) << 16;
+  return from_floats(f(element(u16(a)), element(u16(b))), f(element(u16(a >> 16)), element(u16(b >> 16))));
 }
 static u32 subtract2(u32 a, u32 b) { return in_pairs(a, b, [](float x, float y) { return x - y; }); }
 static u32 multiply2(u32 a, u32 b) { return in_pairs(a, b, [](float x, float y) { return x * y; }); }
