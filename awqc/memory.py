@@ -37,9 +37,11 @@ ROUNDED_AT_ONCE = 1 << 26
 #: scales and zero points of every column. Of all weights that read an input there are codes in bytes, twice.
 #: Other passes need a few temporary copies of a weight beside it.
 _ROUNDING_COPIES, _CODES_BYTES, _OTHER_COPIES = 7, 2, 5
-#: Gram matrices that a factorization needs beside the one that it is of: a damped one and its factor, or the
-#: factor and that in the order of visits. One of them is left for rounding.
+#: Factors of experts that are rounded together: each by itself, and joined.
 _FACTOR_COPIES = 2
+#: Gram matrices that the factorization in place of one needs at most for what is copied at once, and for the
+#: library.
+_FACTORING = 0.25
 #: Shares of the limit: of activations that stay on the device, and on the host of one of the two shards of a
 #: checkpoint that are there at once.
 ACTIVATIONS_SHARE, SHARD_SHARE = 0.3, 0.0625
@@ -180,14 +182,16 @@ def working_bytes(observer: Observer, kind: Kind, compensated: bool) -> int:
     views, width = observer.views, observer.in_features
     gram, most = FLOAT * width * width, max(ROUNDED_AT_ONCE, width)
     joined = width * sum(v.out_features for v in observer.linears)
-    linears = gram + _ROUNDING_COPIES * FLOAT * min(joined, most) + _CODES_BYTES * joined
+    linears = gram + max(
+        int(_FACTORING * gram), _ROUNDING_COPIES * FLOAT * min(joined, most) + _CODES_BYTES * joined
+    )
     stacked = max((width * v.out_features * v.count for v in observer.stacks), default=0)
     # Of experts that are rounded together, factors are as large as the weights.
     experts = (_ROUNDING_COPIES + _FACTOR_COPIES + 1) * FLOAT * min(stacked, most) + _CODES_BYTES * stacked
     other = _OTHER_COPIES * FLOAT * max(v.out_features for v in views) * width
     if not compensated or kind == "sampled":
         return other
-    return max(_FACTOR_COPIES * gram, linears if observer.linears else 0, experts, other)
+    return max(linears if observer.linears else 0, experts, other)
 
 
 def observing_bytes(observers: Iterable[Observer], kinds: Iterable[Kind], group: int) -> int:

@@ -9,6 +9,7 @@ in any order without an index: most active first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from awqc.quantized import Grid
 _BLOCK = 32
 #: Dampening as a share of the mean diagonal (the paper's 1%).
 DAMPENING = 0.01
+#: Rows of a Gram matrix that are copied at once.
+_COPIED = 512
 
 
 def visiting_order(gram: Tensor) -> Tensor:
@@ -35,21 +38,46 @@ def feedback(gram: Tensor, order: Tensor, dampening: float = DAMPENING) -> Tenso
     Raises the dampening tenfold until the factorization succeeds, so that few tokens (a rank-deficient
     ``H``) cannot fail.
     """
-    # With rows and columns reversed the upper factorization is an ordinary Cholesky factorization.
+    # With rows and columns reversed the upper factorization is an ordinary Cholesky factorization. One matrix
+    # is permuted into, factored and turned around in place: there are no larger ones. It lies column by
+    # column, as LAPACK and cuSOLVER want it; anything else would be copied for them.
     backwards = order.flip(0)
-    # One after the other: both at once would take an int64 for every element.
-    damped = gram.index_select(0, backwards).index_select(1, backwards)
-    diagonal = damped.diagonal()
-    mean = diagonal.mean().clamp(min=torch.finfo(damped.dtype).tiny)
+    lower = gram.new_empty(gram.shape).T
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
+    _permute(gram, backwards, lower)
+    diagonal = lower.diagonal().clone()
+    mean = lower.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
     added = 0.0
     while True:
         diagonal.add_((dampening - added) * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower.diagonal().copy_(diagonal)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if bool((info == 0) & torch.isfinite(lower.diagonal()).all()):
-            del damped  # the largest matrices there are: no more of them at once than it takes
-            return lower.div_(lower.diagonal().clone()).flip(0, 1)
-        del lower
+            break
         added, dampening = dampening, dampening * 10
+        _permute(gram, backwards, lower)
+    lower.div_(lower.diagonal().clone())
+    _reverse(lower.T.view(-1))
+    return lower
+
+
+def _permute(matrix: Tensor, order: Tensor, out: Tensor) -> None:
+    """``matrix[order][:, order]`` into ``out``, some rows at a time."""
+    for rows, part in zip(order.split(_COPIED), out.split(_COPIED), strict=True):
+        # One after the other: both at once would take an int64 for every element.
+        part.copy_(matrix.index_select(0, rows).index_select(1, order))
+
+
+def _reverse(values: Tensor) -> None:
+    """Turn a vector around in place; a matrix that lies in it has its rows and columns reversed."""
+    size, half = len(values), len(values) // 2
+    step = max(1, _COPIED * math.isqrt(size))
+    for start in range(0, half, step):
+        end = min(start + step, half)
+        first, last = values[start:end], values[size - end : size - start]
+        turned = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(turned)
 
 
 @dataclass(frozen=True)

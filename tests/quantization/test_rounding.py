@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import awqc.quantization.rounding
 from awqc.quantization.loss import output_loss
@@ -122,6 +124,47 @@ def test_the_feedback_factors_the_damped_gram_matrix() -> None:
     off = (middle - torch.diag(middle.diagonal())).abs().max()
     assert off <= WIDTH * torch.finfo(torch.float64).eps * torch.linalg.cond(damped) * middle.abs().max()
     assert (middle.diagonal() > 0).all()
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of every tensor that an op makes and that is no view of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.sizes.append(tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize(("tokens", "dampening"), [(2048, 0.01), (200, 1e-9)])
+def test_one_matrix_is_all_that_a_factorization_makes(tokens: int, dampening: float) -> None:
+    """Of the size of a Gram matrix, also where it has to begin again with more dampening; and its bits are
+    those of the plain way, where each step makes another."""
+    width = 1100  # more than is copied at once, and no multiple of it
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, width)
+    gram = x.T @ x
+    order = visiting_order(gram)
+    with _Allocations() as made:
+        found = feedback(gram, order, dampening)
+    assert sum(size >= gram.nbytes / 2 for size in made.sizes) == 1
+    damped, added, failed = gram[order.flip(0)][:, order.flip(0)].clone(), 0.0, 0
+    mean = damped.diagonal().mean()
+    while True:
+        damped.diagonal().add_((dampening - added) * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if not info:
+            break
+        added, dampening, failed = dampening, dampening * 10, failed + 1
+    assert (failed > 0) == (tokens < width)
+    assert torch.equal(found.triu(1), (lower / lower.diagonal()).flip(0, 1).triu(1))
 
 
 def test_columns_are_visited_by_decreasing_energy_and_ties_in_order() -> None:
