@@ -33,6 +33,7 @@ from awqc.observers.samples import Samples
 from awqc.observers.stages import Observer, Stage, Stages
 from awqc.observers.statistics import Statistics
 from awqc.program import Env, Program, execute
+from awqc.scaleflow.divisors import Divisor
 from awqc.scaleflow.groups import ScaleGroup
 from awqc.scaleflow.op import op_name
 from awqc.views import ExpertLinear, shape
@@ -211,11 +212,11 @@ class Activations:
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``: values computed before it are divided alike."""
         self.events.append((group.name, scales))
-        alike: dict[fx.Node, Tensor | None] = {}
+        divisors: dict[fx.Node, Divisor | None] = {}
         for index, sample in enumerate(self.samples):
-            if _divide(sample, group, scales, alike):
+            if _divide(sample, group, scales, divisors):
                 self.samples[index] = sample
-        _divide(self.history, group, scales, alike)
+        _divide(self.history, group, scales, divisors)
 
     def evaluate(
         self,
@@ -379,20 +380,17 @@ class Activations:
         )
 
 
-def _divide(env: Env, group: ScaleGroup, scales: Tensor, alike: dict[fx.Node, Tensor | None]) -> bool:
+def _divide(env: Env, group: ScaleGroup, scales: Tensor, divisors: dict[fx.Node, Divisor | None]) -> bool:
     """Divide the values in ``env`` that ``scales`` divide; whether there are any.
 
     Args:
-        alike: what divides values that are divided alike in every sample; filled here.
+        divisors: of nodes, the same in every sample; filled here.
     """
     found = False
-    for node in list(env):
-        value = group.values.get(node)
-        if value is None:
-            continue
-        divisor = alike[node] if node in alike else group.scale_of(node, scales, env)
-        if value.routing is None:
-            alike[node] = divisor
+    for node in [node for node in env if node in group.values]:
+        if node not in divisors:
+            divisors[node] = group.divisor(node, scales)
+        divisor = divisors[node]
         if divisor is not None:
-            env[node], found = env[node] / divisor.to(env[node].dtype), True
+            env[node], found = env[node] / divisor.at(env).to(env[node].dtype), True
     return found

@@ -48,9 +48,10 @@ class Statistics(dict[fx.Node, InputStatistics]):
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``."""
         for node, statistics in self.items():
-            divisor = group.scale_of(node, scales)
+            divisor = group.divisor(node, scales)
             if divisor is not None:
-                statistics.fold(divisor.reshape(-1).expand(statistics.mean_abs.shape).float())
+                by = divisor.at({}).reshape(-1)
+                statistics.fold(by.expand(statistics.mean_abs.shape).float())
         for node, by_expert in self.by_expert.items():
             if node in group.values:
                 by_expert.fold(column_scales(*group.at_experts(by_expert.view), scales).float())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
 from awqc.graph import Graph
+from awqc.scaleflow.divisors import Divisor
 from awqc.scaleflow.flow import Flow, seeds
 from awqc.scaleflow.op import Refusal
 from awqc.scaleflow.refusals import Refusals
@@ -64,26 +64,24 @@ class ScaleGroup:
             return self._living(value.ids[:, 0]), value.degree
         return self._living(self.families.table(value.ids[0], view.count)), value.degree
 
-    def scale_of(
-        self, node: fx.Node, scales: Tensor, known: Mapping[fx.Node, Tensor] = types.MappingProxyType({})
-    ) -> Tensor | None:
-        """What divides the tensor of ``node`` when the group is folded with ``scales``; None if nothing.
-
-        Args:
-            node: a node of the graph.
-            scales: ``(channels,)``.
-            known: values of nodes; where channels depend on the expert, ``routing.key`` of the abstract
-                value must be among them.
-        """
+    def divisor(self, node: fx.Node, scales: Tensor) -> Divisor | None:
+        """What divides the tensor of ``node`` when the group is folded with ``scales`` ``(channels,)``; None
+        if nothing does."""
         value = self.values.get(node)
         if value is None:
             return None
         core = value.core()
-        if value.routing is not None:
-            experts = value.routing.served_by(known[value.routing.key])
-            core = self.families.channel(core, unexpanded(experts).cpu())
-        padded = torch.cat([scales, scales.new_ones(1)])
-        return padded[self._living(core).to(scales.device)] ** value.degree
+        if value.routing is None or not self.families.hold(core):
+            return Divisor(self._divided(core, scales, value.degree))
+        # Ids repeat: what each stands for at each expert is looked up once, not for every row.
+        distinct, kinds = core.unique(return_inverse=True)
+        table = self._divided(self.families.table(distinct, self.families.experts), scales, value.degree)
+        rows = unexpanded(value.routing.rows).to(scales.device)
+        return Divisor(table, replace(value.routing, rows=rows), kinds.to(scales.device))
+
+    def _divided(self, ids: Tensor, scales: Tensor, degree: float) -> Tensor:
+        padded = torch.cat([scales, scales.new_ones(1)])  # id -1 picks the last element
+        return padded[self._living(ids).to(scales.device)] ** degree
 
     def _living(self, ids: Tensor) -> Tensor:
         padded = torch.cat([self.alive, torch.zeros(1, dtype=torch.bool)])

@@ -89,6 +89,11 @@ class Families:
         )
         return torch.where(differ, first + base, first) if spacing == [stride, count] else None
 
+    @property
+    def experts(self) -> int:
+        """How many the members of a family are of, at most."""
+        return max((count for _, _, count in self._spacing.values()), default=0)
+
     def hold(self, ids: Tensor) -> bool:
         """Whether some of ``ids`` are families."""
         return bool((ids >= self.channels).any())

@@ -110,10 +110,11 @@ def test_what_divides_a_tensor_follows_the_expert_of_each_row() -> None:
     assert routing is not None
     chosen = torch.arange(TOKENS * CHOSEN) % EXPERTS
     scales = torch.arange(1.0, inner.channels + 1)
-    found = inner.scale_of(down.x, scales, {routing.key: chosen})
+    divisor = inner.divisor(down.x, scales)
     ids, _ = inner.at_experts(down)
-    assert found is not None
-    assert torch.equal(found, scales[ids[chosen]])
+    assert divisor is not None
+    assert torch.equal(divisor.at({routing.key: chosen}), scales[ids[chosen]])
+    assert divisor.values.shape == (EXPERTS, len(inner.values[down.x].used())), "not a number for every row"
 
 
 def test_a_bias_that_each_row_picks_by_its_expert_joins() -> None:
