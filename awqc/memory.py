@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -54,10 +54,13 @@ class MemoryLimit:
     Args:
         device: on the device that computes.
         host: in the memory of the host; the same as ``device`` where that is the CPU.
+        short: by how statistics were held, the least that a stage was to need (:func:`stage_bytes`) which
+            then ran out of memory.
     """
 
     device: int | None = None
     host: int | None = None
+    short: Mapping[Kind, int] = field(default_factory=dict)
 
     def by_device(self, device: torch.device) -> dict[int | str, int] | None:
         """As accelerate takes it, for a compile on ``device``; None without a limit."""
@@ -66,9 +69,13 @@ class MemoryLimit:
         host: dict[int | str, int] = {} if self.host is None else {"cpu": self.host}
         return {"cpu": self.device} if device.type == "cpu" else {device.index or 0: self.device, **host}
 
-    def halved(self) -> MemoryLimit:
-        """Half as much of the device, for what is decided after it ran out of memory."""
-        return self if self.device is None else MemoryLimit(self.device // 2, self.host)
+    def without(self, kind: Kind, need: int) -> MemoryLimit:
+        """The same after a stage that was to need so much, with statistics held so, ran out of memory."""
+        return replace(self, short={**self.short, kind: min(need, self.short.get(kind, need))})
+
+    def allows(self, kind: Kind, need: int) -> bool:
+        """Whether a stage that is to need so much, with statistics held so, is within it."""
+        return need <= (self.device or math.inf) and need < self.short.get(kind, math.inf)
 
 
 def memory_limit(
@@ -194,56 +201,53 @@ def working_bytes(observer: Observer, kind: Kind, compensated: bool) -> int:
     return max(linears if observer.linears else 0, experts, other)
 
 
-def observing_bytes(observers: Iterable[Observer], kinds: Iterable[Kind], group: int) -> int:
+def observing_bytes(observers: Iterable[Observer], kind: Kind, group: int) -> int:
     """Of all sums of a stage while they are added up."""
-    return sum(
-        statistics_bytes(k, o.in_features, group, _inputs(o)) for o, k in zip(observers, kinds, strict=True)
-    )
+    return sum(statistics_bytes(kind, o.in_features, group, _inputs(o)) for o in observers)
 
 
 def stage_bytes(
-    observers: Iterable[Observer], kinds: Iterable[Kind], group: int, compensated: bool, activations: int
+    observers: Iterable[Observer], kind: Kind, group: int, compensated: bool, activations: int
 ) -> int:
     """The peak of a stage on the compute device.
 
     Args:
-        observers: of the stage, and how the statistics of each are held.
+        observers: of the stage.
+        kind: how their statistics are held.
         group: input channels that share a scale.
         compensated: whether weights are rounded with error compensation.
         activations: bytes of those that stay on the device.
     """
-    pairs = list(zip(observers, kinds, strict=True))
-    sums = [statistics_bytes(k, o.in_features, group, _inputs(o)) for o, k in pairs]
+    found = list(observers)
+    observing = observing_bytes(found, kind, group)
     # Of Gram matrices on the host, the one that is worked with is on the device.
-    left = [
-        FLOAT * o.in_features**2 if k == "offloaded" else size
-        for (o, k), size in zip(pairs, sums, strict=True)
-    ]
-    held = max(left) if all(k == "offloaded" for _, k in pairs) else sum(left)
-    passes = held + max((working_bytes(o, k, compensated) for o, k in pairs), default=0)
-    return activations + sum(weight_bytes(o.views) for o, _ in pairs) + max(sum(sums), passes)
+    held = observing if kind != "offloaded" else max(FLOAT * o.in_features**2 for o in found)
+    passes = held + max(working_bytes(o, kind, compensated) for o in found)
+    return activations + sum(weight_bytes(o.views) for o in found) + max(observing, passes)
 
 
-def choose_kinds(
+def kinds_on(device: torch.device) -> list[Kind]:
+    """How statistics can be held for a compile on ``device``, the most exact first."""
+    return ["full", "sampled"] if device.type == "cpu" else ["full", "offloaded", "sampled"]
+
+
+def choose_kind(
     observers: Iterable[Observer],
     limit: MemoryLimit,
     device: torch.device,
     group: int,
     compensated: bool,
     activations: int,
-) -> list[Kind]:
-    """The most exact statistics with which a stage stays within the limit, the same for all its observers."""
+) -> Kind:
+    """The most exact statistics with which a stage stays within the limit."""
     found = list(observers)
-    if limit.device is None:
-        return ["full"] * len(found)
-    kinds: list[Kind] = ["full", "sampled"] if device.type == "cpu" else ["full", "offloaded", "sampled"]
-    for kind in kinds[:-1]:
-        host = sum(statistics_bytes("full", o.in_features, group, _inputs(o)) for o in found)
+    host = observing_bytes(found, "full", group)
+    *exact, least = kinds_on(device)
+    for kind in exact:
         on_host = kind != "offloaded" or limit.host is None or host <= limit.host // 2
-        need = stage_bytes(found, [kind] * len(found), group, compensated, activations)
-        if need <= limit.device and on_host:
-            return [kind] * len(found)
-    return ["sampled"] * len(found)
+        if on_host and limit.allows(kind, stage_bytes(found, kind, group, compensated, activations)):
+            return kind
+    return least
 
 
 def activations_place(

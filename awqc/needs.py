@@ -26,7 +26,7 @@ from awqc.memory import (
     Kind,
     MemoryLimit,
     activations_place,
-    choose_kinds,
+    choose_kind,
     observing_bytes,
     stage_bytes,
     weight_bytes,
@@ -112,12 +112,12 @@ def stage_needs(
         else:
             held, again = at[number], 0
         resident = held if place == "device" else 2 * held // max(samples, 1)
-        kinds = choose_kinds(stage.observers, limit, device, group, compensated, resident)
-        passes = stage_bytes(stage.observers, kinds, group, compensated, resident)
-        passes = max(passes, resident + again + observing_bytes(stage.observers, kinds, group))
+        kind = choose_kind(stage.observers, limit, device, group, compensated, resident)
+        passes = stage_bytes(stage.observers, kind, group, compensated, resident)
+        passes = max(passes, resident + again + observing_bytes(stage.observers, kind, group))
         last = number == len(stages) - 1  # nothing is quantized behind it, so nothing moves there
         moving = resident + again + (0 if last else _moving(live, stage))
-        found.append(StageNeeds(stage.observers[0].name, kinds[0], resident, passes, moving))
+        found.append(StageNeeds(stage.observers[0].name, kind, resident, passes, moving))
     return Needs(found, place, narrowest)
 
 

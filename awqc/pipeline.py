@@ -8,14 +8,11 @@ the graph is verified, and a pass that promised ``"equal"`` is held to it by run
 
 from __future__ import annotations
 
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import ClassVar, Literal
-
-import torch
 
 from awqc.context import Context
 from awqc.errors import PipelineError, VerifyError
@@ -27,12 +24,10 @@ from awqc.observers.activations import Activations
 from awqc.observers.stages import Observer, Stage, Stages
 from awqc.observers.statistics import Statistics
 from awqc.quantization.scales import FoldedScales
+from awqc.retries import Retries
 from awqc.text import diff_text
 from awqc.verify import StageCheck, check_equal
 from awqc.work import Work
-
-#: How often a pass is run that runs out of memory.
-_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -233,7 +228,7 @@ class _Runner:
 
     def __init__(self, graph: Graph, context: Context, flags: Flags) -> None:
         self.graph, self.context, self.flags = graph, context, flags
-        self._report = context.report
+        self._report, self._retries = context.report, Retries(graph, context)
 
     def run_on_graph(self, current: Pass) -> None:
         equal = current.output == "equal" and self.flags.check
@@ -349,49 +344,10 @@ class _Runner:
     def _timed(self, current: Pass) -> None:
         _check_there(self.graph, current)
         with self._report.timed(current.name):
-            self._run(current)
+            self._retries.run(current)
         for fact in current.consumes:
             if fact not in current.provides:
                 self.graph.facts.drop(fact)
         for fact in current.provides:
             if fact not in self.graph.facts:
                 raise PipelineError(f"{current.name!r} declares that it provides {fact.__name__} but did not")
-
-    def _run(self, current: Pass) -> None:
-        """Run ``current``; where the device runs out of memory, again with less on it."""
-        for attempt in range(_ATTEMPTS):
-            state = self._progress()
-            try:
-                current.run(self.graph, self.context)
-            except torch.cuda.OutOfMemoryError as error:
-                last = attempt == _ATTEMPTS - 1 or self.context.ranks.count > 1
-                if last or (self._progress() != state and not current.repeatable):
-                    raise
-                failure = str(error).partition(". ")[0]
-            else:
-                return
-            self._relieve(current, failure, less=attempt > 0)  # the handler's traceback would hold on to it
-
-    def _progress(self) -> tuple[int, ...]:
-        activations = self.graph.facts.get(Activations)
-        return (*self._state(), 0 if activations is None else len(activations.events))
-
-    def _relieve(self, current: Pass, failure: str, less: bool) -> None:
-        """Give back what the device holds unused: there may have been enough, but in pieces. With ``less``
-        take off the device what can be elsewhere, and decide from now on as if it were smaller."""
-        context, device = self.context, self.graph.weights.device
-        self.graph.weights.release()
-        if less:
-            if context.limit.device is None and device.type == "cuda":
-                total = torch.cuda.get_device_properties(device).total_memory
-                context.limit = replace(context.limit, device=total)
-            context.limit = context.limit.halved()
-            statistics = self.graph.facts.get(Statistics)
-            if statistics is not None:
-                statistics.offload()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        stage = context.stage.observers[0].name if context.stage is not None else "the whole graph"
-        how = f" with less, at most {(context.limit.device or 0) / 1e9:.1f} GB, on {device}" if less else ""
-        context.report.note(current.name, f"ran out of memory on {stage} ({failure}): done again{how}")

@@ -21,14 +21,6 @@ from awqc.quantized import minmax_grid, sample_rows
 from awqc.views import ExpertLinear
 from awqc.work import Work, gram_rows, matrices_of, quantized_views, rows
 
-#: What the report says of statistics that are not held as Gram matrices on the device.
-_HELD = {
-    "full": "",
-    "offloaded": "Gram matrices are on the host between passes, and experts share those of their layer",
-    "sampled": "of Gram matrices only the blocks of quantization groups and a sample of tokens are held, so "
-    "scales are searched on these, clipping is exact, and weights are rounded to the nearest",
-}
-
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
@@ -56,18 +48,16 @@ class Calibrate(Pass):
 
     def run(self, graph: Graph, context: Context) -> None:
         assert context.stage is not None
+        graph.facts.drop(Statistics)  # of a run that ended halfway
         statistics = graph.facts[Statistics] = graph.facts[Activations].observe(context.stage)
+        statistics.tell(context.stage, context.report)
         schemes = graph.facts[Schemes]
         for observer in context.stage.observers:
-            held = _HELD[statistics.kinds[observer.node]]
-            if held:
-                context.report.note(self.name, f"inputs of {observer.in_features} channels: {held}")
             by_expert = statistics.by_expert.get(observer.node)
             if observer.group is not None:
                 found = statistics[observer.node] if by_expert is None else by_expert.layer
                 group = context.report.groups[observer.group.name]
                 group.tokens, group.held_out_tokens = found.tokens, found.held_out_tokens
-                group.statistics = statistics.kinds[observer.node]
             for view in observer.views:
                 row = context.report.linears[view.parameter]
                 if by_expert is not None and isinstance(view, ExpertLinear):

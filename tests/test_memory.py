@@ -13,7 +13,7 @@ from torch import Tensor
 import awqc
 from awqc import QuantConfig
 from awqc.errors import ConfigError
-from awqc.memory import MemoryLimit, choose_kinds, memory_limit
+from awqc.memory import MemoryLimit, choose_kind, memory_limit, stage_bytes
 from awqc.observers.activations import Activations
 from awqc.observers.grams import SampledGram
 from awqc.observers.input_statistics import InputStatistics
@@ -85,16 +85,31 @@ def test_the_most_exact_statistics_that_fit(
 ) -> None:
     activations = 65536 * 2 * 4 * (8192 if 28672 in linears else 4096)
     limits = MemoryLimit(int(limit * 1e9), None if device.type == "cuda" else int(limit * 1e9))
-    assert choose_kinds([observer(*linears)], limits, device, 128, True, activations) == [kind]
+    assert choose_kind([observer(*linears)], limits, device, 128, True, activations) == kind
 
 
 def test_without_a_limit_all_is_held() -> None:
-    assert choose_kinds([observer(28672, 8192)], MemoryLimit(), CPU, 128, True, 1 << 40) == ["full"]
+    assert choose_kind([observer(28672, 8192)], MemoryLimit(), CPU, 128, True, 1 << 40) == "full"
 
 
 def test_a_small_host_takes_no_gram_matrices() -> None:
     limits = MemoryLimit(6 * 10**9, 10**9)
-    assert choose_kinds([observer(14336, 4096)], limits, GPU, 128, True, 1 << 31) == ["sampled"]
+    assert choose_kind([observer(14336, 4096)], limits, GPU, 128, True, 1 << 31) == "sampled"
+
+
+def test_what_ran_out_of_memory_is_not_tried_again_on_what_needs_as_much() -> None:
+    def chosen(width: int, limits: MemoryLimit) -> str:
+        return choose_kind([observer(width, 8192)], limits, GPU, 128, True, 0)
+
+    need = stage_bytes([observer(28672, 8192)], "full", 128, True, 0)
+    for limits in (MemoryLimit(), MemoryLimit(80 * 10**9)):
+        short = limits.without("full", need)
+        assert [chosen(width, short) for width in (28544, 28672, 32768)] == ["full", "offloaded", "offloaded"]
+        assert short.without("full", 2 * need) == short
+        # Of two kinds that did not fit, each is remembered for itself.
+        shorter = short.without("offloaded", stage_bytes([observer(30720, 8192)], "offloaded", 128, True, 0))
+        found = [chosen(width, shorter) for width in (28544, 28672, 32768)]
+        assert found == ["full", "offloaded", "sampled"]
 
 
 # -- sampled Gram matrices ---------------------------------------------------------------------------------
@@ -236,35 +251,3 @@ def test_wide_activations_are_computed_twice(
     for kept, again in zip(grams[:8], grams[8:], strict=True):
         # A few products more or less in another order, over two layers.
         assert (kept - again).abs().max() <= 1024 * torch.finfo(torch.float32).eps * kept.max()
-
-
-def test_a_pass_that_runs_out_of_memory_is_run_again(
-    token_ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    observe, seen = Activations.observe, 0
-
-    def short(self: Activations, stage: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen in (2, 3):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-        return observe(self, stage)
-
-    whole = compile_to(MODELS["llama"](), tmp_path / "whole", token_ids, max_memory="100MB")
-    monkeypatch.setattr(Activations, "observe", short)
-    found = compile_to(MODELS["llama"](), tmp_path / "out", token_ids, max_memory="100MB")
-    notes = [what for where, what in found.report.notes if where == "calibrate"]
-    again = "ran out of memory on model.layers.0.self_attn.o_proj (CUDA out of memory): done again"
-    assert notes == [again, f"{again} with less, at most 0.1 GB, on cpu"]
-    assert all(torch.equal(t, tensors(found.path)[n]) for n, t in tensors(whole.path).items())
-
-
-def test_a_pass_that_has_changed_something_is_not_run_again(
-    token_ids: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fold(self: Activations, *_: Any) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
-
-    monkeypatch.setattr(Activations, "fold", fold)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        awqc.compile(MODELS["llama"](), token_ids, config=CONFIG)

@@ -23,7 +23,7 @@ from awqc.context import Context
 from awqc.errors import ConfigError, NonFiniteError
 from awqc.functional import rewrites
 from awqc.graph import Graph
-from awqc.memory import activations_place, choose_kinds
+from awqc.memory import activations_place, choose_kind
 from awqc.observers.dependence import dependent_on, weight_only
 from awqc.observers.dispatch import Rerouting, choice
 from awqc.observers.expert_statistics import ExpertStatistics
@@ -96,18 +96,19 @@ class Activations:
     @property
     def resident(self) -> int:
         """Bytes of samples on the device."""
-        held = self._bytes(self._held)
-        return (
-            held
-            if self.samples.place == "device"
-            else 2 * held // -(-len(self.context.batches) // self.context.ranks.count)
-        )
+        held, ranks = self._bytes(self._held), self.context.ranks
+        own = -(-len(self.context.batches) // ranks.count)
+        return held if self.samples.place == "device" else 2 * held // own
 
     def advance(self, stage: Stage) -> None:
         """Run ``stage`` on every sample with the current weights; a second call does nothing."""
-        if self._position == stage.start:
+        if self.are_at(stage):
             self.events.append(("", None))
             self._move(stage.end if stage is not self.stages.stages[-1] else stage.start)
+
+    def are_at(self, stage: Stage) -> bool:
+        """Whether the samples have come to ``stage`` and no further."""
+        return self._position == stage.start
 
     def observe(self, stage: Stage) -> Statistics:
         """Statistics of the stage's activations over all samples.
@@ -115,11 +116,11 @@ class Activations:
         Raises:
             NonFiniteError: if one of them is NaN or Inf; names the first op that made it so.
         """
-        statistics = Statistics()
         device, config = self.graph.weights.device, self.context.config
-        group = config.group_size
-        kinds = choose_kinds(stage.observers, self.context.limit, device, group, True, self.resident)
-        for observer, kind in zip(stage.observers, kinds, strict=True):
+        group, limit = config.group_size, self.context.limit
+        kind = choose_kind(stage.observers, limit, device, group, True, self.resident)
+        statistics = Statistics(kind)
+        for observer in stage.observers:
             tokens = math.prod(shape(observer.node)[:-1]) * len(self.context.batches)
             if observer.linears:
                 width = observer.linears[0].in_features
@@ -128,7 +129,6 @@ class Activations:
                 view, least = observer.stacks[0], config.min_expert_tokens
                 by_expert = ExpertStatistics(view, least, device, kind, group, tokens)
                 statistics.by_expert[observer.node] = by_expert
-            statistics.kinds[observer.node] = kind
         routed = [s.view for s in statistics.by_expert.values() if s.view not in self._rerouted]
         dispatched = [node for view in routed for node in (view.x, view.offsets) if node is not None]
         ranks, count = self.context.ranks, len(self.context.batches)
@@ -152,7 +152,7 @@ class Activations:
                 total = found.mean_abs.sum() + found.gram.diagonal().sum() + found.held_out.diagonal().sum()
                 if not bool(torch.isfinite(total)):
                     self._raise_non_finite(observer)
-        if "offloaded" in kinds:
+        if kind == "offloaded":
             statistics.offload()
         self.graph.weights.release()  # of stages before, where activations were computed anew
         return statistics

@@ -8,20 +8,30 @@ from torch import Tensor, fx
 from awqc.memory import Kind
 from awqc.observers.expert_statistics import ExpertStatistics
 from awqc.observers.input_statistics import ALONE, InputStatistics
+from awqc.observers.stages import Stage
 from awqc.quantization.matrices import Matrix
 from awqc.ranks import Ranks
+from awqc.report import Report
 from awqc.scaleflow.groups import ScaleGroup
+
+#: What the report says of statistics that are not held as Gram matrices on the device.
+_HELD: dict[Kind, str] = {
+    "full": "",
+    "offloaded": "Gram matrices are on the host between passes",
+    "sampled": "of Gram matrices only the blocks of quantization groups and a sample of tokens are held, so "
+    "scales are searched on these, clipping is exact, and weights are rounded to the nearest",
+}
 
 
 class Statistics(dict[fx.Node, InputStatistics]):
     """Statistics of a stage's activations that linears read, by observed node; and in :attr:`by_expert`
     those of activations that experts read, each expert its own rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind = "full") -> None:
         super().__init__()
         self.by_expert: dict[fx.Node, ExpertStatistics] = {}
-        #: How the statistics of each activation are held.
-        self.kinds: dict[fx.Node, Kind] = {}
+        #: How Gram matrices are held.
+        self.kind = kind
 
     def of(self, node: fx.Node, matrix: Matrix) -> InputStatistics:
         """What to judge ``matrix``, which reads ``node``, by."""
@@ -40,10 +50,23 @@ class Statistics(dict[fx.Node, InputStatistics]):
 
     def offload(self) -> None:
         """Hold all Gram matrices on the host."""
+        self.kind = "offloaded"
         for one in self.values():
             one.offload()
         for by_expert in self.by_expert.values():
             by_expert.offload()
+
+    def tell(self, stage: Stage, report: Report) -> None:
+        """Tell ``report`` how the statistics of ``stage`` are held."""
+        for observer in stage.observers:
+            if observer.group is not None:
+                report.groups[observer.group.name].statistics = self.kind
+            by_expert = self.by_expert.get(observer.node)
+            held = _HELD[self.kind]
+            if self.kind == "offloaded" and by_expert is not None and by_expert.kind != "full":
+                held += ", and experts share those of their layer"
+            if held:
+                report.note("calibrate", f"inputs of {observer.in_features} channels: {held}")
 
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``."""
