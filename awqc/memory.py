@@ -31,14 +31,14 @@ SAMPLED_ROWS = 2048
 #: Tokens that are added to a Gram matrix at once, at most, and as a share of its width: it is read and
 #: written each time, and they wait in memory. Of an expert's, of which there are many, an eighth.
 _ADDED_ROWS, _ADDED_SHARE, _OF_EXPERT = 2048, 2, 8
-#: Elements of weights that compensated rounding handles at once.
-ROUNDED_AT_ONCE = 1 << 26
-#: Copies in float32 of what is handled at once: its rows joined, permuted, what is wanted of them, codes, and
-#: scales and zero points of every column. Of all weights that read an input there are codes in bytes, twice.
+#: Elements of weights that compensated rounding handles at once, at least where there are as many; and the
+#: share of what a GPU has left beside a stage that more of them may take.
+ROUNDED_AT_ONCE, _ROUNDING_SHARE = 1 << 26, 0.75
+#: Copies in float32 of what is handled at once: its rows joined, permuted, what is wanted of them or their
+#: codes, and scales and zero points of every column. Of experts some of these are there apart and joined, and
+#: so are factors, which are as large. Of all weights that read an input there are codes in bytes, twice.
 #: Other passes need a few temporary copies of a weight beside it.
-_ROUNDING_COPIES, _CODES_BYTES, _OTHER_COPIES = 7, 2, 5
-#: Factors of experts that are rounded together: each by itself, and joined.
-_FACTOR_COPIES = 2
+_ROUNDING_COPIES, _EXPERT_COPIES, _CODES_BYTES, _OTHER_COPIES = 5, 10, 2, 5
 #: Gram matrices that the factorization in place of one needs at most for what is copied at once, and for the
 #: library.
 _FACTORING = 0.25
@@ -184,17 +184,17 @@ def weight_bytes(views: Iterable[Linear | ExpertLinear]) -> int:
     )
 
 
-def working_bytes(observer: Observer, kind: Kind, compensated: bool) -> int:
-    """What the passes over the linears of ``observer`` need at most beside weights and statistics."""
+def working_bytes(observer: Observer, kind: Kind, compensated: bool, at_once: int = ROUNDED_AT_ONCE) -> int:
+    """What the passes over the linears of ``observer`` need at most beside weights and statistics, if so many
+    elements are rounded at once."""
     views, width = observer.views, observer.in_features
-    gram, most = FLOAT * width * width, max(ROUNDED_AT_ONCE, width)
+    gram, most = FLOAT * width * width, max(at_once, width)
     joined = width * sum(v.out_features for v in observer.linears)
     linears = gram + max(
         int(_FACTORING * gram), _ROUNDING_COPIES * FLOAT * min(joined, most) + _CODES_BYTES * joined
     )
     stacked = max((width * v.out_features * v.count for v in observer.stacks), default=0)
-    # Of experts that are rounded together, factors are as large as the weights.
-    experts = (_ROUNDING_COPIES + _FACTOR_COPIES + 1) * FLOAT * min(stacked, most) + _CODES_BYTES * stacked
+    experts = _EXPERT_COPIES * FLOAT * min(stacked, most) + _CODES_BYTES * stacked
     other = _OTHER_COPIES * FLOAT * max(v.out_features for v in views) * width
     if not compensated or kind == "sampled":
         return other
@@ -207,7 +207,12 @@ def observing_bytes(observers: Iterable[Observer], kind: Kind, group: int) -> in
 
 
 def stage_bytes(
-    observers: Iterable[Observer], kind: Kind, group: int, compensated: bool, activations: int
+    observers: Iterable[Observer],
+    kind: Kind,
+    group: int,
+    compensated: bool,
+    activations: int,
+    at_once: int = ROUNDED_AT_ONCE,
 ) -> int:
     """The peak of a stage on the compute device.
 
@@ -217,13 +222,32 @@ def stage_bytes(
         group: input channels that share a scale.
         compensated: whether weights are rounded with error compensation.
         activations: bytes of those that stay on the device.
+        at_once: elements that are rounded at once.
     """
     found = list(observers)
     observing = observing_bytes(found, kind, group)
     # Of Gram matrices on the host, the one that is worked with is on the device.
     held = observing if kind != "offloaded" else max(FLOAT * o.in_features**2 for o in found)
-    passes = held + max(working_bytes(o, kind, compensated) for o in found)
+    passes = held + max(working_bytes(o, kind, compensated, at_once) for o in found)
     return activations + sum(weight_bytes(o.views) for o in found) + max(observing, passes)
+
+
+def rounded_at_once(
+    observers: Iterable[Observer],
+    kind: Kind,
+    limit: MemoryLimit,
+    device: torch.device,
+    group: int,
+    activations: int,
+) -> int:
+    """Elements that compensated rounding handles at once in a stage. On a GPU the step of a column takes the
+    same for many rows as for few, so they are more where there is room; not where some stage has run out of
+    memory. Arguments as for :func:`stage_bytes`."""
+    if device.type == "cpu" or limit.short:
+        return ROUNDED_AT_ONCE
+    there = limit.device or torch.cuda.get_device_properties(device).total_memory
+    room = max(there - stage_bytes(observers, kind, group, True, activations), 0)
+    return ROUNDED_AT_ONCE + int(_ROUNDING_SHARE * room) // (_EXPERT_COPIES * FLOAT)
 
 
 def kinds_on(device: torch.device) -> list[Kind]:

@@ -28,6 +28,7 @@ from awqc.memory import (
     activations_place,
     choose_kind,
     observing_bytes,
+    rounded_at_once,
     stage_bytes,
     weight_bytes,
 )
@@ -46,6 +47,7 @@ class StageNeeds:
     Args:
         name: the first linear of the stage.
         kind: how statistics are held.
+        at_once: elements that compensated rounding handles at once.
         activations: of all samples, where the stage begins.
         passes: the most that a pass over the stage needs, activations and statistics included.
         moving: what it takes to move one sample after the other to the next stage.
@@ -53,6 +55,7 @@ class StageNeeds:
 
     name: str
     kind: Kind
+    at_once: int
     activations: int
     passes: int
     moving: int
@@ -113,11 +116,12 @@ def stage_needs(
             held, again = at[number], 0
         resident = held if place == "device" else 2 * held // max(samples, 1)
         kind = choose_kind(stage.observers, limit, device, group, compensated, resident)
-        passes = stage_bytes(stage.observers, kind, group, compensated, resident)
+        at_once = rounded_at_once(stage.observers, kind, limit, device, group, resident)
+        passes = stage_bytes(stage.observers, kind, group, compensated, resident, at_once)
         passes = max(passes, resident + again + observing_bytes(stage.observers, kind, group))
         last = number == len(stages) - 1  # nothing is quantized behind it, so nothing moves there
         moving = resident + again + (0 if last else _moving(live, stage))
-        found.append(StageNeeds(stage.observers[0].name, kind, resident, passes, moving))
+        found.append(StageNeeds(stage.observers[0].name, kind, at_once, resident, passes, moving))
     return Needs(found, place, narrowest)
 
 

@@ -135,7 +135,8 @@ class RoundWeights(Pass):
                 for index, together in zip(part, weights, strict=True)
             ]
             statistics = [graph.facts[Statistics].of(observer.node, groups[index][0]) for index in part]
-            codes = self._compensated(weights, on, [each.gram for each in statistics], ranks)
+            grams = [each.gram for each in statistics]
+            codes = self._compensated(weights, on, grams, ranks, graph.facts[Statistics].at_once)
             return [
                 [
                     _better(weight, grid, codes[i][j] if codes else None, statistics[i].held_out)
@@ -168,17 +169,22 @@ class RoundWeights(Pass):
             graph.weights[view.parameter] = Rounded(weight, view.transposed)
 
     def _compensated(
-        self, weights: list[list[Tensor]], grids: list[list[Grid]], grams: list[Gram], ranks: Ranks
+        self,
+        weights: list[list[Tensor]],
+        grids: list[list[Grid]],
+        grams: list[Gram],
+        ranks: Ranks,
+        elements: int,
     ) -> list[list[Tensor]]:
         """Codes ``(N, K)`` of every weight, from one run over the columns of all that share a Gram matrix and
-        of some rows or experts at a time; nothing if rounding is to the nearest, as it is where a Gram matrix
-        is not held. The rows of a single run are divided among processes."""
+        of some rows or experts at a time, about so many ``elements``; nothing if rounding is to the nearest,
+        as it is where a Gram matrix is not held. The rows of a single run are divided among processes."""
         full = [gram for gram in grams if isinstance(gram, Tensor)]
         if self.method == "nearest" or len(full) < len(grams):
             return []
         device = weights[0][0].device
         n, k = sum(len(w) for w in weights[0]), weights[0][0].shape[1]
-        at_once = max(1, ROUNDED_AT_ONCE // (k * max(n, k)))
+        at_once = max(1, elements // (k * max(n, k)))
         found = []
         for start in range(0, len(weights), at_once):
             chunk = range(start, min(start + at_once, len(weights)))
@@ -187,7 +193,9 @@ class RoundWeights(Pass):
             factors = [feedback(gram, order) for gram, order in zip(here, orders, strict=True)]
             together = [join(grids[e]) for e in chunk]
             if len(chunk) == 1:
-                codes = [self._rows(weights[start], together[0], factors[0], here[0], orders[0], ranks)]
+                codes = [
+                    self._rows(weights[start], together[0], factors[0], here[0], orders[0], ranks, elements)
+                ]
             else:
                 joined = [torch.cat(weights[e]) if len(weights[e]) > 1 else weights[e][0] for e in chunk]
                 columns = [ColumnGrid.of(grid, order) for grid, order in zip(together, orders, strict=True)]
@@ -204,7 +212,14 @@ class RoundWeights(Pass):
         return found
 
     def _rows(
-        self, weights: list[Tensor], grid: Grid, factor: Tensor, gram: Tensor, order: Tensor, ranks: Ranks
+        self,
+        weights: list[Tensor],
+        grid: Grid,
+        factor: Tensor,
+        gram: Tensor,
+        order: Tensor,
+        ranks: Ranks,
+        elements: int,
     ) -> Tensor:
         """Codes ``(K, N)`` of the rows of ``weights``, some at a time, and some by each process: no row knows
         of another."""
@@ -215,12 +230,14 @@ class RoundWeights(Pass):
                 weight[max(part.start - first, 0) : max(part.stop - first, 0)]
                 for first, weight in zip(bounds, weights, strict=False)
             ]
-            rows, columns = torch.cat(pieces), ColumnGrid.of(grid.rows(part), order)
+            pieces = [piece for piece in pieces if len(piece)]
+            rows = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            columns = ColumnGrid.of(grid.rows(part), order)
             codes = compensated_codes(rows, columns, factor, order)
             return self._swept(codes, rows, columns, gram, order).to(torch.uint8)
 
         def of(part: range) -> Tensor:
-            at_once = max(ROWS, ROUNDED_AT_ONCE // grid.in_features // ROWS * ROWS)
+            at_once = max(ROWS, elements // grid.in_features // ROWS * ROWS)
             starts = range(part.start, part.stop, at_once)
             return torch.cat([some(range(at, min(at + at_once, part.stop))) for at in starts], 1)
 

@@ -13,7 +13,14 @@ from torch import Tensor
 import awqc
 from awqc import QuantConfig
 from awqc.errors import ConfigError
-from awqc.memory import MemoryLimit, choose_kind, memory_limit, stage_bytes
+from awqc.memory import (
+    ROUNDED_AT_ONCE,
+    MemoryLimit,
+    choose_kind,
+    memory_limit,
+    rounded_at_once,
+    stage_bytes,
+)
 from awqc.observers.activations import Activations
 from awqc.observers.grams import SampledGram
 from awqc.observers.input_statistics import InputStatistics
@@ -110,6 +117,23 @@ def test_what_ran_out_of_memory_is_not_tried_again_on_what_needs_as_much() -> No
         shorter = short.without("offloaded", stage_bytes([observer(30720, 8192)], "offloaded", 128, True, 0))
         found = [chosen(width, shorter) for width in (28544, 28672, 32768)]
         assert found == ["full", "offloaded", "sampled"]
+
+
+def test_as_many_rows_are_rounded_at_once_as_there_is_room_for() -> None:
+    """More on a GPU, within the limit; the least on a CPU, and where a stage has run out of memory."""
+    stage, activations = [observer(8192, 28672, 28672)], 65536 * 2 * 4 * 8192
+    need = stage_bytes(stage, "full", 128, True, activations)
+    before = ROUNDED_AT_ONCE
+    for size in (need - 1, need, need + 10**9, need + 10**10):
+        limits = MemoryLimit(size)
+        found = rounded_at_once(stage, "full", limits, GPU, 128, activations)
+        assert found >= before
+        assert (found > ROUNDED_AT_ONCE) == (size > need)
+        assert stage_bytes(stage, "full", 128, True, activations, found) <= max(size, need)
+        short = limits.without("sampled", 1)
+        assert rounded_at_once(stage, "full", short, GPU, 128, activations) == ROUNDED_AT_ONCE
+        assert rounded_at_once(stage, "full", limits, CPU, 128, activations) == ROUNDED_AT_ONCE
+        before = found
 
 
 # -- sampled Gram matrices ---------------------------------------------------------------------------------

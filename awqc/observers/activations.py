@@ -23,7 +23,7 @@ from awqc.context import Context
 from awqc.errors import ConfigError, NonFiniteError
 from awqc.functional import rewrites
 from awqc.graph import Graph
-from awqc.memory import activations_place, choose_kind
+from awqc.memory import activations_place, choose_kind, rounded_at_once
 from awqc.observers.dependence import dependent_on, weight_only
 from awqc.observers.dispatch import Rerouting, choice
 from awqc.observers.expert_statistics import ExpertStatistics
@@ -119,7 +119,8 @@ class Activations:
         device, config = self.graph.weights.device, self.context.config
         group, limit = config.group_size, self.context.limit
         kind = choose_kind(stage.observers, limit, device, group, True, self.resident)
-        statistics = Statistics(kind)
+        at_once = rounded_at_once(stage.observers, kind, limit, device, group, self.resident)
+        statistics = Statistics(kind, at_once)
         for observer in stage.observers:
             tokens = math.prod(shape(observer.node)[:-1]) * len(self.context.batches)
             if observer.linears:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from awqc.memory import Kind
+from awqc.memory import ROUNDED_AT_ONCE, Kind
 from awqc.observers.expert_statistics import ExpertStatistics
 from awqc.observers.input_statistics import ALONE, InputStatistics
 from awqc.observers.stages import Stage
@@ -25,13 +25,17 @@ _HELD: dict[Kind, str] = {
 
 class Statistics(dict[fx.Node, InputStatistics]):
     """Statistics of a stage's activations that linears read, by observed node; and in :attr:`by_expert`
-    those of activations that experts read, each expert its own rows."""
+    those of activations that experts read, each expert its own rows.
 
-    def __init__(self, kind: Kind = "full") -> None:
+    Args:
+        kind: how Gram matrices are held.
+        at_once: elements of weights that compensated rounding handles at once.
+    """
+
+    def __init__(self, kind: Kind = "full", at_once: int = ROUNDED_AT_ONCE) -> None:
         super().__init__()
         self.by_expert: dict[fx.Node, ExpertStatistics] = {}
-        #: How Gram matrices are held.
-        self.kind = kind
+        self.kind, self.at_once = kind, at_once
 
     def of(self, node: fx.Node, matrix: Matrix) -> InputStatistics:
         """What to judge ``matrix``, which reads ``node``, by."""
@@ -50,7 +54,7 @@ class Statistics(dict[fx.Node, InputStatistics]):
 
     def offload(self) -> None:
         """Hold all Gram matrices on the host."""
-        self.kind = "offloaded"
+        self.kind, self.at_once = "offloaded", ROUNDED_AT_ONCE
         for one in self.values():
             one.offload()
         for by_expert in self.by_expert.values():

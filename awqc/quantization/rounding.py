@@ -129,7 +129,7 @@ def compensated_codes(weight: Tensor, grid: ColumnGrid, factor: Tensor, order: T
         target = weight.gather(2, order[:, None].expand_as(weight)).movedim(-1, 0).contiguous()
     else:
         target = weight.T[order]
-    wanted, codes = target.clone(), torch.empty_like(target)
+    wanted = target.clone()  # and when a column is rounded, its codes
     errors = torch.empty(_BLOCK, *target.shape[1:], dtype=target.dtype, device=target.device)
     pull = factor.movedim(0, -1).unsqueeze(-1) if several else factor  # (K, K, E, 1)
     top, width = float(grid.levels - 1), target.shape[0]
@@ -144,7 +144,6 @@ def compensated_codes(weight: Tensor, grid: ColumnGrid, factor: Tensor, order: T
             grid.scales[start:end],
             grid.zeros[start:end],
             pull[start:end, start:end],
-            codes[start:end],
             errors[: end - start],
             top,
         )
@@ -154,7 +153,7 @@ def compensated_codes(weight: Tensor, grid: ColumnGrid, factor: Tensor, order: T
             rest.baddbmm_(factor[:, start:end, end:].mT, by)
         elif end < width:
             wanted[end:].addmm_(factor[start:end, end:].T, errors[: end - start])
-    return codes
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -162,11 +161,11 @@ class _Block:
     """Columns that are rounded one by one, each as a row here: all tensors ``(B, N)`` or ``(B, E, N)``.
 
     Args:
-        wanted: what is left to be rounded, compensation included; changed.
+        wanted: what is left to be rounded, compensation included; codes take its place.
         target: the weights themselves.
         scales, zeros: of their grids.
         pull: ``(B, B)`` or ``(B, B, E, 1)``, the feedback among them.
-        codes, errors: what comes out.
+        errors: what comes out for later columns.
         top: the largest code.
     """
 
@@ -175,15 +174,14 @@ class _Block:
     scales: Tensor
     zeros: Tensor
     pull: Tensor
-    codes: Tensor
     errors: Tensor
     top: float
 
     @staticmethod
     def empty(size: int, target: Tensor, pull: Tensor, top: float) -> _Block:
         """Memory for blocks of ``size`` columns of ``target``."""
-        wanted, given, scales, zeros, codes, errors = (torch.ones_like(target[:size]) for _ in range(6))
-        return _Block(wanted, given, scales, zeros, torch.zeros_like(pull[:size, :size]), codes, errors, top)
+        wanted, given, scales, zeros, errors = (torch.ones_like(target[:size]) for _ in range(5))
+        return _Block(wanted, given, scales, zeros, torch.zeros_like(pull[:size, :size]), errors, top)
 
     def inputs(self) -> tuple[Tensor, ...]:
         """What is read."""
@@ -193,8 +191,8 @@ class _Block:
 def _round_block(block: _Block) -> None:
     wanted, pull = block.wanted, block.pull
     for i in range(len(wanted)):
-        scale, zero, code, error = block.scales[i], block.zeros[i], block.codes[i], block.errors[i]
-        torch.div(wanted[i], scale, out=code).round_().add_(zero).clamp_(0.0, block.top)
+        scale, zero, error = block.scales[i], block.zeros[i], block.errors[i]
+        code = wanted[i].div_(scale).round_().add_(zero).clamp_(0.0, block.top)
         torch.sub(code, zero, out=error).mul_(scale)
         torch.sub(block.target[i], error, out=error)
         if i + 1 < len(wanted) and wanted.ndim == 3:
@@ -234,7 +232,7 @@ class _Recorded:
         for mine, given in zip(self.memory.inputs(), block.inputs(), strict=True):
             mine.copy_(given)
         self.graph.replay()
-        block.codes.copy_(self.memory.codes)
+        block.wanted.copy_(self.memory.wanted)
         block.errors.copy_(self.memory.errors)
 
 
