@@ -34,6 +34,8 @@ _ADDED_ROWS, _ADDED_SHARE, _OF_EXPERT = 2048, 2, 8
 #: Elements of weights that compensated rounding handles at once, at least where there are as many; and the
 #: share of what a GPU has left beside a stage that more of them may take.
 ROUNDED_AT_ONCE, _ROUNDING_SHARE = 1 << 26, 0.75
+#: Elements of weights or of Gram matrices of experts that other passes handle at once.
+BATCHED = 1 << 24
 #: Copies in float32 of what is handled at once: its rows joined, permuted, what is wanted of them or their
 #: codes, and scales and zero points of every column. Of experts some of these are there apart and joined, and
 #: so are factors, which are as large. Of all weights that read an input there are codes in bytes, twice.

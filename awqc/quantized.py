@@ -90,12 +90,12 @@ class Grid:
         return expand_groups(per_group, self.scheme.group(self.in_features), self.in_features)
 
     def encode(self, weight: Tensor) -> Tensor:
-        """Nearest codes of ``weight`` ``(N, K)``, as floats in ``[0, levels - 1]``."""
+        """Nearest codes of ``weight`` ``(..., N, K)``, as floats in ``[0, levels - 1]``."""
         codes = torch.round(weight / self.expand(self.scales)) + self.expand(self.zeros)
         return codes.clamp_(0, self.scheme.levels - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The weight ``(N, K)`` that ``codes`` stand for."""
+        """The weight ``(..., N, K)`` that ``codes`` stand for."""
         return (codes - self.expand(self.zeros)) * self.expand(self.scales)
 
     def rows(self, part: range) -> Grid:
@@ -196,9 +196,9 @@ def packed_bytes(out_features: int, in_features: int, scheme: Scheme) -> int:
 
 
 def sample_rows(weight: Tensor, most: int) -> Tensor:
-    """At most ``most`` rows of ``weight`` ``(N, ...)``, evenly spaced; all of them for 0. Output losses are
-    sums over rows, so two candidates can be compared on some of them."""
-    return weight[:: -(-len(weight) // most)] if most else weight
+    """At most ``most`` rows of ``weight`` ``(..., N, C)``, evenly spaced; all of them for 0. Output losses
+    are sums over rows, so two candidates can be compared on some of them."""
+    return weight[..., :: -(-weight.shape[-2] // most), :] if most else weight
 
 
 def expand_groups(per_group: Tensor, group: int, in_features: int) -> Tensor:
@@ -222,7 +222,7 @@ def grid_from_range(low: Tensor, high: Tensor, scheme: Scheme, in_features: int)
     """The uniform grid that covers ``[low, high]`` in every group.
 
     Args:
-        low, high: ``(N, G)`` smallest and largest value to be represented.
+        low, high: ``(..., N, G)`` smallest and largest value to be represented.
         scheme: bits, group size, symmetry.
         in_features: ``K``.
 
@@ -242,7 +242,7 @@ def grid_from_range(low: Tensor, high: Tensor, scheme: Scheme, in_features: int)
 
 
 def minmax_grid(weight: Tensor, scheme: Scheme) -> Grid:
-    """Round-to-nearest's grid: each group's own minimum and maximum. ``weight`` is ``(N, K)``."""
+    """Round-to-nearest's grid: each group's own minimum and maximum. ``weight`` is ``(..., N, K)``."""
     grouped = split_groups(weight, scheme.group(weight.shape[-1]))
     return grid_from_range(grouped.amin(-1), grouped.amax(-1), scheme, weight.shape[-1])
 
@@ -254,7 +254,7 @@ def quantize(weight: Tensor, scheme: Scheme) -> QuantizedWeight:
 
 
 def from_codes(codes: Tensor, grid: Grid) -> QuantizedWeight:
-    """Integer form of float ``codes`` ``(N, K)`` on ``grid``."""
+    """Integer form of float ``codes`` ``(..., N, K)`` on ``grid``."""
     return QuantizedWeight(
         codes.to(torch.uint8), grid.scales.to(torch.float16), grid.zeros.to(torch.uint8), grid.scheme
     )

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.memory import Kind
@@ -15,7 +17,7 @@ from awqc.observers.stages import Observer, Observers, Stages
 from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
 from awqc.quantization.loss import GATE_ROWS, output_loss
-from awqc.quantization.matrices import matrices
+from awqc.quantization.matrices import batches, stacked
 from awqc.quantization.schemes import Schemes
 from awqc.quantized import minmax_grid, sample_rows
 from awqc.views import ExpertLinear
@@ -65,14 +67,14 @@ class Calibrate(Pass):
                 if view.parameter not in schemes:
                     continue
                 # The yardstick of everything that follows: round-to-nearest, before anything is changed.
-                row.energy, total = 0.0, 0.0
-                for matrix in matrices(view):
-                    held_out = statistics.of(observer.node, matrix).held_out
-                    weight = sample_rows(matrix.weight(graph.weights), GATE_ROWS)
+                losses = []
+                for part in batches(view):
+                    held_out = statistics.batch(observer.node, view, part).held_out
+                    weight = sample_rows(stacked(view, graph.weights, part), GATE_ROWS)
                     error = minmax_grid(weight, schemes[view.parameter]).nearest(weight) - weight
-                    row.energy += float(output_loss(weight, held_out))
-                    total += float(output_loss(error, held_out))
-                row.nearest_error = total / (row.energy or 1.0)
+                    losses.append(torch.stack([output_loss(each, held_out) for each in (weight, error)]))
+                energy, total = map(sum, torch.cat(losses, 1).tolist())
+                row.energy, row.nearest_error = energy, total / (energy or 1.0)
                 row.steps = [("nearest", row.nearest_error)]
                 found = statistics[observer.node] if by_expert is None else by_expert.layer
                 row.input = _about(found)

@@ -16,14 +16,14 @@ from torch import Tensor, fx
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.memory import Kind
-from awqc.observers.input_statistics import InputStatistics
+from awqc.observers.input_statistics import BatchStatistics
 from awqc.observers.stages import Observer
 from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
 from awqc.quantization.clipping import SHRINKS, clipped_grid
 from awqc.quantization.grids import Grids
 from awqc.quantization.loss import GATE_ROWS, gram_blocks, output_loss
-from awqc.quantization.matrices import Matrix, matrices, together
+from awqc.quantization.matrices import batches, stacked
 from awqc.quantization.schemes import Schemes
 from awqc.quantized import Grid, Scheme, minmax_grid, sample_rows
 from awqc.ranks import ROWS, Ranks
@@ -32,13 +32,13 @@ from awqc.work import Work, gram_rows, matrices_of, quantized_views
 
 
 class _Chosen(NamedTuple):
-    """A grid, the mean share of the range that it cuts off, and the losses of nearest rounding on held-out
-    tokens on the min-max grid and on this one."""
+    """Grids of B matrices, ``(B, N, G)`` each part; and of each matrix, ``(B, 3)``, the mean share of the
+    range that its grid cuts off, and the losses of nearest rounding on held-out tokens on the min-max grid
+    and on this one."""
 
-    grid: Grid
-    cut: float
-    before: float
-    after: float
+    scales: Tensor
+    zeros: Tensor
+    numbers: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,54 +74,53 @@ class ClipWeights(Pass):
                 scheme = schemes.get(view.parameter)
                 if scheme is None:
                     continue
-                chosen = self._grids(graph, observer.node, view, scheme, context.ranks)
-                grids[view.parameter] = together(view, [one.grid for one in chosen])
+                found = self._chosen(graph, observer.node, view, scheme, context.ranks)
+                scales, zeros, numbers = (torch.cat(parts) for parts in zip(*found, strict=True))
+                whole = isinstance(view, ExpertLinear)
+                parts = (scales, zeros) if whole else (scales[0], zeros[0])
+                grids[view.parameter] = Grid(*parts, scheme, view.in_features)
+                cut, before, after = numbers.T.tolist()
                 row = context.report.linears[view.parameter]
-                row.clipped = sum(one.cut for one in chosen) / len(chosen)
-                energy = row.energy or 1.0
-                row.steps += [
-                    ("fold-scales", sum(one.before for one in chosen) / energy),
-                    (self.name, sum(one.after for one in chosen) / energy),
-                ]
+                row.clipped, energy = sum(cut) / len(cut), row.energy or 1.0
+                row.steps += [("fold-scales", sum(before) / energy), (self.name, sum(after) / energy)]
         graph.facts[Grids] = grids
 
-    def _grids(
+    def _chosen(
         self, graph: Graph, node: fx.Node, view: Linear | ExpertLinear, scheme: Scheme, ranks: Ranks
     ) -> list[_Chosen]:
-        """The grid of each matrix of ``view``. Experts are divided among processes, a linear's rows are."""
-        device = graph.weights.device
+        """What is chosen for the matrices of ``view``, in their order. Experts are divided among processes,
+        a linear's rows are."""
+        statistics, device = graph.facts[Statistics], graph.weights.device
 
-        def of(matrix: Matrix, ranks: Ranks) -> _Chosen:
-            statistics = graph.facts[Statistics].of(node, matrix)
-            return self._grid(matrix.weight(graph.weights), scheme, statistics, ranks)
-
-        def tensors(matrix: Matrix) -> tuple[Tensor, Tensor, float, float, float]:
-            found = of(matrix, Ranks())
-            return found.grid.scales, found.grid.zeros, found.cut, found.before, found.after
+        def of(part: range, ranks: Ranks) -> _Chosen:
+            weight = stacked(view, graph.weights, part)
+            return self._gated(weight, scheme, statistics.batch(node, view, part), ranks)
 
         if isinstance(view, Linear):
-            return [of(matrix, ranks) for matrix in matrices(view)]
-        return [
-            _Chosen(Grid(scales, zeros, scheme, view.in_features), *numbers)
-            for scales, zeros, *numbers in ranks.map(tensors, matrices(view), device)
-        ]
+            return [of(part, ranks) for part in batches(view)]
+        found = ranks.map(lambda part: tuple(of(part, Ranks())), batches(view), device)
+        return [_Chosen(*each) for each in found]
 
-    def _grid(self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, ranks: Ranks) -> _Chosen:
-        """The grid of ``weight`` ``(N, K)``."""
-        blocks = gram_blocks(statistics.gram, scheme.group(weight.shape[1])).to(weight.device)
+    def _gated(self, weight: Tensor, scheme: Scheme, statistics: BatchStatistics, ranks: Ranks) -> _Chosen:
+        """The grids of ``weight`` ``(B, N, K)``: clipped where that is better on held-out tokens."""
+        width = weight.shape[-1]
+        blocks = gram_blocks(statistics.gram, scheme.group(width)).to(weight.device)
 
         def clipped_rows(part: range) -> tuple[Tensor, Tensor, Tensor]:
-            grid, share = clipped_grid(weight[part.start : part.stop], scheme, blocks, self.shrinks)
+            grid, share = clipped_grid(weight[:, part.start : part.stop], scheme, blocks, self.shrinks)
             return grid.scales, grid.zeros, share
 
-        found = ranks.map(clipped_rows, ranks.ranges(len(weight), ROWS), weight.device)
-        scales, zeros, share = (torch.cat(pieces) for pieces in zip(*found, strict=True))
-        clipped = Grid(scales, zeros, scheme, weight.shape[1])
+        found = ranks.map(clipped_rows, ranks.ranges(weight.shape[1], ROWS), weight.device)
+        scales, zeros, share = (torch.cat(pieces, 1) for pieces in zip(*found, strict=True))
         full, rows = minmax_grid(weight, scheme), sample_rows(weight, GATE_ROWS)
         before, after = (
-            float(output_loss(grid.sample(GATE_ROWS).nearest(rows) - rows, statistics.held_out))
-            for grid in (full, clipped)
+            output_loss(grid.sample(GATE_ROWS).nearest(rows) - rows, statistics.held_out)
+            for grid in (full, Grid(scales, zeros, scheme, width))
         )
-        if after < before:
-            return _Chosen(clipped, float(1 - share.mean()), before, after)
-        return _Chosen(full, 0.0, before, before)
+        better = after < before
+        cut = torch.where(better, 1 - share.mean((-2, -1)), 0.0)
+        numbers = torch.stack([cut, before, torch.where(better, after, before)], -1)
+        better = better[:, None, None]
+        return _Chosen(
+            torch.where(better, scales, full.scales), torch.where(better, zeros, full.zeros), numbers
+        )

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +28,7 @@ from awqc.memory import activations_place, choose_kind, rounded_at_once
 from awqc.observers.dependence import dependent_on, weight_only
 from awqc.observers.dispatch import Rerouting, choice
 from awqc.observers.expert_statistics import ExpertStatistics
-from awqc.observers.input_statistics import InputStatistics, split_sample
+from awqc.observers.input_statistics import InputStatistics, split_experts, split_sample
 from awqc.observers.products import gram_products, propagation_dtype, rounded_linears
 from awqc.observers.samples import Samples
 from awqc.observers.stages import Observer, Stage, Stages
@@ -170,31 +171,24 @@ class Activations:
                     with self._products():
                         found.add(rows, held_out, ranks)
         for by_expert in statistics.by_expert.values():
-            own = [] if sample is None else self._expert_rows(by_expert.view, values, sample)
-            for index, parts in enumerate(self._gathered(list(own), by_expert.view), first):
-                for expert, each in parts:
-                    for rows, held_out in split_sample(each, index, count):
-                        with self._products():
-                            by_expert.add(expert, rows, held_out, ranks)
+            own = None if sample is None else self._expert_rows(by_expert.view, values, sample)
+            for index, (x, counts) in enumerate(self._gathered(own, by_expert.view), first):
+                for rows, those, held_out in split_experts(x, counts, index, count) if index < count else ():
+                    with self._products():
+                        by_expert.add(rows, those, held_out, ranks)
 
     def _products(self) -> AbstractContextManager[None]:
         """The precision of those that add up Gram matrices; nothing else is computed within."""
         return gram_products(self._dtype, self.graph.weights.device)
 
     def _gathered(
-        self, parts: list[tuple[int, Tensor]], view: ExpertLinear
-    ) -> list[list[tuple[int, Tensor]]]:
-        """``(expert, rows)`` of every process."""
+        self, own: tuple[Tensor, list[int]] | None, view: ExpertLinear
+    ) -> list[tuple[Tensor, list[int]]]:
+        """The rows by expert of every process, none of one that has none left."""
         ranks = self.context.ranks
-        if ranks.count == 1:
-            return [parts]
         nothing = torch.empty(0, view.in_features, device=self.graph.weights.device)
-        joined = ranks.gather(torch.cat([nothing, *(rows for _, rows in parts)]))
-        sizes = ranks.agree("", [(expert, len(rows)) for expert, rows in parts])
-        return [
-            list(zip([e for e, _ in each], rows.split([n for _, n in each]), strict=True))
-            for each, rows in zip(sizes, joined, strict=True)
-        ]
+        x, counts = own or (nothing, [0] * view.count)
+        return list(zip(ranks.gather(x), ranks.agree("", counts), strict=True))
 
     def _calls_behind(self, wanted: Iterable[fx.Node]) -> Mapping[fx.Node, Callable[..., Any]]:
         """What to call for linears whose results are not held, though the samples have passed them."""
@@ -202,13 +196,17 @@ class Activations:
             return {}
         return rounded_linears(self._missing(wanted, {**self._static, **self.samples[0]}), self._dtype)
 
-    def _expert_rows(self, view: ExpertLinear, values: Env, sample: Env) -> Iterable[tuple[int, Tensor]]:
+    def _expert_rows(self, view: ExpertLinear, values: Env, sample: Env) -> tuple[Tensor, list[int]]:
+        """Rows ``(S, K)`` of a sample, sorted by expert, and how many each has."""
+        if view.offsets is not None and view not in self._rerouted:
+            ends = values[view.offsets].tolist()
+            return values[view.x][: ends[-1]], [end - start for start, end in pairwise([0, *ends])]
         if view in self._rerouted:
-            return self._rerouted[view].rows(sample, self.evaluate)
-        if view.offsets is None:
+            parts = list(self._rerouted[view].rows(sample, self.evaluate))
+        else:
             # An expert's block has a row for every token; those it does not serve are zero.
-            return enumerate(x[x.any(-1)] for x in values[view.x])
-        return enumerate(view.rows(values[view.x], values[view.offsets]))
+            parts = [x[x.any(-1)] for x in values[view.x]]
+        return torch.cat(parts), [len(part) for part in parts]
 
     def fold(self, group: ScaleGroup, scales: Tensor) -> None:
         """Follow the fold of ``scales`` into ``group``: values computed before it are divided alike."""

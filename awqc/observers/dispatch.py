@@ -75,8 +75,8 @@ class Rerouting:
             elif node is not chosen and node.op != "get_attr":
                 self.needs.add(node)
 
-    def rows(self, sample: Env, evaluate: Evaluate) -> Iterator[tuple[int, Tensor]]:
-        """Every expert with its rows ``(tokens, K)`` of one sample, whose live values are ``sample``."""
+    def rows(self, sample: Env, evaluate: Evaluate) -> Iterator[Tensor]:
+        """Of every expert its rows ``(tokens, K)`` of one sample, whose live values are ``sample``."""
         known = {node: value for node, value in sample.items() if node not in self._after}
         size, device = shape(self.chosen), self.chosen.meta["val"].device
         for first in range(0, self.view.count, size[-1]):
@@ -84,7 +84,7 @@ class Rerouting:
             values = evaluate(self.wanted, {**known, self.chosen: experts.expand(size).clone()})
             rows = self.view.rows(*(values[node] for node in self.wanted))
             # The last round names some experts again.
-            yield from ((e, rows[e]) for e in range(first, min(first + size[-1], self.view.count)))
+            yield from rows[first : min(first + size[-1], self.view.count)]
 
 
 def _after(node: fx.Node) -> set[fx.Node]:

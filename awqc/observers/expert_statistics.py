@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TypeVar, cast
-
 import torch
 from torch import Tensor
 
-from awqc.memory import Kind, added_rows
+from awqc.memory import Kind
+from awqc.observers.expert_sums import ExpertSums
 from awqc.observers.grams import Gram, SampledGram
-from awqc.observers.input_statistics import ALONE, HELD_OUT_EVERY, InputStatistics
+from awqc.observers.input_statistics import (
+    ALONE,
+    HELD_OUT_EVERY,
+    BatchStatistics,
+    InputStatistics,
+    complete,
+    fold_gram,
+)
 from awqc.ranks import Ranks
 from awqc.views import ExpertLinear
-
-G = TypeVar("G")
 
 
 class ExpertStatistics:
     """Statistics of one activation by the expert that its rows were dispatched to.
 
-    Sums are kept apart by expert, allocated when its first row comes, and added up for the layer at the end.
-    Their memory is bounded by who owns sums: an expert that is to own none can add its rows to the layer's
-    right away, as it is served with these anyway when it has too few.
+    Sums are kept apart by expert and added up for the layer at the end. Where memory does not allow for that,
+    all rows are added to those of the layer right away, and every expert is served with these.
 
     Args:
         view: the linears that read the activation; of several, any.
@@ -45,103 +46,107 @@ class ExpertStatistics:
         tokens: int = 0,
     ) -> None:
         self.view, self.least = view, least
-        #: Search tokens of each expert, after :meth:`finish`.
-        self.tokens = [0] * view.count
+        #: Search tokens of each expert, after :meth:`finish`; and held-out ones.
+        self.tokens, self.held_out_tokens = [0] * view.count, [0] * view.count
         self.kind = kind
         self.layer = InputStatistics.empty(view.in_features, device, kind, group, tokens)
-        self._own: dict[int, InputStatistics] = {}
-        self._served: list[InputStatistics] = []
-        self._device = device
+        self._sums: list[ExpertSums] = []
+        if kind == "full":
+            self._sums = [ExpertSums(view.count, view.in_features, device) for _ in range(2)]
+        #: What experts are served with: ``(E, K, K)``, or one for all; and ``(E, K)``.
+        self._gram, self._held_out = self.layer.gram, self.layer.held_out
+        self._mean_abs = self.layer.mean_abs.expand(view.count, -1)
 
     def __getitem__(self, index: int) -> InputStatistics:
         """What to judge expert ``index`` by, after :meth:`finish`."""
-        return self._served[index]
+        gram, held_out = (_of(each, index) for each in (self._gram, self._held_out))
+        tokens = self.tokens[index], self.held_out_tokens[index]
+        return InputStatistics(gram, held_out, self._mean_abs[index], *tokens, self._share(index))
+
+    def batch(self, part: range) -> BatchStatistics:
+        """What to judge the experts numbered ``part`` by, after :meth:`finish`."""
+        some = slice(part.start, part.stop)
+        shares = torch.tensor([self._share(index) for index in part], device=self._mean_abs.device)
+        return BatchStatistics(_of(self._gram, some), _of(self._held_out, some), self._mean_abs[some], shares)
 
     @property
     def borrowing(self) -> int:
         """How many experts are searched on the sums of the layer."""
-        return sum(self.kind != "full" or tokens < self.least for tokens in self.tokens)
+        return sum(map(self._borrows, range(self.view.count)))
 
-    def add(self, index: int, x: Tensor, held_out: bool, ranks: Ranks = ALONE) -> None:
-        """Account for rows ``(tokens, K)`` of expert ``index``."""
-        if self.kind != "full":
+    def add(self, x: Tensor, counts: list[int], held_out: bool, ranks: Ranks = ALONE) -> None:
+        """Account for rows ``(S, K)``, sorted by expert: ``counts`` ``(E,)`` says how many each has."""
+        if self._sums:
+            self._sums[held_out].add(x, counts, ranks)
+        else:
             self.layer.add(x, held_out, ranks)
-            self.tokens[index] += 0 if held_out else len(x)
-            return
-        if index not in self._own:
-            width = self.view.in_features
-            empty = InputStatistics.empty(width, self._device)
-            self._own[index] = replace(empty, at_once=added_rows(width, expert=True))
-        self._own[index].add(x, held_out, ranks)
+        tokens = self.held_out_tokens if held_out else self.tokens
+        for expert, count in enumerate(counts):
+            tokens[expert] += count
 
     def finish(self, ranks: Ranks = ALONE) -> None:
         """Complete all sums and decide which experts use those of the layer."""
         layer = self.layer
-        if self.kind != "full":
+        if not self._sums:
             layer.finish(ranks)
-            shares = [tokens / max(layer.tokens, 1) for tokens in self.tokens]
-            self._served = [
-                replace(layer, tokens=tokens, share=share)
-                for tokens, share in zip(self.tokens, shares, strict=True)
-            ]
             return
-        for own in self._own.values():
-            own.add_up(ranks)
-            for mine, others in zip(layer.sums(), own.sums(), strict=True):
-                mine += others
-            layer.tokens += own.tokens
-            layer.held_out_tokens += own.held_out_tokens
-        for statistics in (layer, *self._own.values()):
-            statistics.finish(ranks)
-        nothing = replace(layer, tokens=0, held_out_tokens=0)
-        for index in range(self.view.count):
-            own = self._own.pop(index, nothing)
-            self.tokens[index] = own.tokens
-            if own.tokens < self.least:
-                share = own.tokens / max(layer.tokens, 1)
-                own = replace(own, gram=layer.gram, mean_abs=layer.mean_abs, share=share)
-            if own.held_out_tokens * HELD_OUT_EVERY < self.least:
-                own = replace(own, held_out=layer.held_out)
-            self._served.append(own)
+        searched, held_out = self._sums
+        self._sums = []
+        for sums, gram in ((searched, layer.gram), (held_out, layer.held_out)):
+            assert isinstance(gram, Tensor)
+            sums.add_up(ranks)
+            torch.sum(sums.gram, 0, out=gram)
+            complete(sums.gram, ranks)
+        layer.mean_abs += searched.magnitude.sum(0)
+        layer.tokens, layer.held_out_tokens = sum(self.tokens), sum(self.held_out_tokens)
+        layer.finish(ranks)
+        self._gram, self._held_out = searched.gram, held_out.gram
+        tokens = torch.tensor(self.tokens, device=layer.mean_abs.device)
+        self._mean_abs = searched.magnitude / tokens.clamp(min=1)[:, None]
+        few = [e for e in range(self.view.count) if self._borrows(e)]
+        self._mean_abs[few] = layer.mean_abs
+        _lend(layer.gram, searched.gram, few)
+        few = [e for e, rows in enumerate(self.held_out_tokens) if rows * HELD_OUT_EVERY < self.least]
+        _lend(layer.held_out, held_out.gram, few)
 
     def fold(self, divisors: Tensor) -> None:
         """Follow the division of each expert's rows by its row of ``divisors`` ``(E, K)``."""
         alike = bool((divisors == divisors[0]).all())
-        done: dict[int, object] = {}
 
-        def once(value: G, by: Tensor, divided: Callable[[G, Tensor], G]) -> G:
-            # What several experts share stays shared where they are divided alike.
-            if not alike or id(value) not in done:
-                done[id(value)] = divided(value, by)
-            return cast(G, done[id(value)])
+        def followed(gram: Gram) -> Gram:
+            if isinstance(gram, Tensor) and gram.ndim == 2:  # that of the layer
+                gram = gram.clone() if alike else gram.repeat(len(divisors), 1, 1)
+            one = gram.blocks.ndim == 3 if isinstance(gram, SampledGram) else gram.ndim == 2
+            return fold_gram(gram, divisors[0] if alike and one else divisors)
 
-        self._served = [
-            replace(
-                served,
-                gram=once(served.gram, by, folded),
-                held_out=once(served.held_out, by, folded),
-                mean_abs=once(served.mean_abs, by, torch.div),
-            )
-            for served, by in zip(self._served, divisors, strict=True)
-        ]
+        self._gram, self._held_out = followed(self._gram), followed(self._held_out)
+        self._mean_abs = self._mean_abs / divisors
 
     def offload(self) -> None:
-        """Hold Gram matrices on the host, those that are shared once."""
-        there: dict[int, Gram] = {}
+        """Hold Gram matrices on the host."""
+        shared = self._gram is self.layer.gram
+        self.layer.offload()
+        if shared:
+            self._gram, self._held_out = self.layer.gram, self.layer.held_out
+        self._gram, self._held_out = (
+            gram if isinstance(gram, SampledGram) else gram.cpu() for gram in (self._gram, self._held_out)
+        )
 
-        def host(gram: Gram) -> Gram:
-            if isinstance(gram, SampledGram):
-                return gram
-            return there.setdefault(id(gram), gram.cpu())
+    def _borrows(self, index: int) -> bool:
+        return self.kind != "full" or self.tokens[index] < self.least
 
-        each = [self.layer, *self._served]
-        moved = [replace(one, gram=host(one.gram), held_out=host(one.held_out)) for one in each]
-        self.layer, self._served = moved[0], moved[1:]
+    def _share(self, index: int) -> float:
+        return self.tokens[index] / max(self.layer.tokens, 1) if self._borrows(index) else 1.0
 
 
-def folded(gram: Gram, divisor: Tensor) -> Gram:
-    """The Gram matrix of ``x / divisor``; a new one."""
-    if isinstance(gram, SampledGram):
-        return gram.fold(divisor)
-    divisor = divisor.to(gram.device)
-    return gram / (divisor[:, None] * divisor)
+def _lend(gram: Gram, own: Tensor, experts: list[int]) -> None:
+    """Let ``gram`` ``(K, K)`` be the one of some experts of ``own`` ``(E, K, K)``."""
+    assert isinstance(gram, Tensor)
+    own[experts] = gram
+
+
+def _of(gram: Gram, experts: int | slice) -> Gram:
+    """What some experts have of their own; all of what they share."""
+    if isinstance(gram, Tensor):
+        return gram[experts] if gram.ndim == 3 else gram
+    return gram.of(experts) if gram.blocks.ndim == 4 else gram

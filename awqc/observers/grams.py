@@ -8,7 +8,7 @@ error-compensating rounding, does without.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class SampledGram:
 
     Args:
         blocks: ``(G, g, g)`` diagonal blocks over all tokens; a ragged last one is padded with zeros.
-        rows: ``(T, K)`` room for a sample of tokens.
+        rows: ``(T, K)`` room for a sample of tokens. After a fold that differs by expert, there is one more
+            dimension of experts in front of both.
         every: one token in so many is taken into the sample.
         width: ``K``.
         taken, seen: tokens in the sample, and in all.
@@ -63,9 +64,13 @@ class SampledGram:
         self.blocks.baddbmm_(split.mT, split)
 
     def loss(self, error: Tensor) -> Tensor:
-        """Estimate of ``tr(E H E^T)`` for ``E`` ``(..., N, K)``; shape ``(...)``."""
-        rows = self.rows[: self.taken]
-        moved = error @ rows.T
+        """Estimate of ``tr(E H E^T)`` for ``E`` ``(..., N, K)``; shape ``(...)``. Where experts differ they
+        come first in both."""
+        rows = self.rows[..., : self.taken, :]
+        if rows.ndim == 2:
+            moved = error @ rows.T
+        else:
+            moved = (error.flatten(1, -2) @ rows.mT).view(*error.shape[:-1], -1)
         return moved.square_().sum((-2, -1)) * (self.seen / max(self.taken, 1))
 
     def diagonal_blocks(self, group: int) -> Tensor:
@@ -73,20 +78,25 @@ class SampledGram:
         if group == self.blocks.shape[-1]:
             return self.blocks
         count = -(-self.width // group)
-        rows = torch.nn.functional.pad(self.rows[: self.taken], (0, count * group - self.width))
-        split = rows.unflatten(-1, (count, group)).transpose(0, 1)
+        rows = torch.nn.functional.pad(self.rows[..., : self.taken, :], (0, count * group - self.width))
+        split = rows.unflatten(-1, (count, group)).transpose(-3, -2)
         return split.mT @ split * (self.seen / max(self.taken, 1))
 
     def diagonal(self) -> Tensor:
         """``(K,)``."""
         return self.blocks.diagonal(dim1=-2, dim2=-1).flatten()[: self.width]
 
+    def of(self, experts: int | slice) -> SampledGram:
+        """That of some experts, where they differ."""
+        return replace(self, blocks=self.blocks[experts], rows=self.rows[experts])
+
     def fold(self, divisor: Tensor) -> SampledGram:
-        """That of ``x / divisor``, exact."""
-        group, count = self.blocks.shape[-1], len(self.blocks)
-        by = torch.nn.functional.pad(divisor, (0, count * group - self.width), value=1.0).view(count, group)
-        blocks = self.blocks / by[:, :, None] / by[:, None, :]
-        return SampledGram(blocks, self.rows / divisor, self.every, self.width, self.taken, self.seen)
+        """That of ``x / divisor``, exact, for a divisor ``(K,)`` or ``(E, K)``."""
+        count, group = self.blocks.shape[-3:-1]
+        by = torch.nn.functional.pad(divisor, (0, count * group - self.width), value=1.0)
+        by = by.unflatten(-1, (count, group))
+        blocks = self.blocks / by[..., :, None] / by[..., None, :]
+        return replace(self, blocks=blocks, rows=self.rows / divisor.unsqueeze(-2))
 
 
 Gram = Tensor | SampledGram

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,7 +93,10 @@ class InputStatistics:
                 continue
             x = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
             waiting.clear()
-            _add_gram(gram, x, ranks)
+            if isinstance(gram, SampledGram):
+                gram.add(x)
+            else:
+                add_gram(gram, x, ranks)
             if gram is self.gram:
                 self.mean_abs += x.abs().sum(0)
 
@@ -101,19 +104,9 @@ class InputStatistics:
         """Complete the symmetric halves and turn sums into means."""
         self.add_up(ranks)
         for gram in (self.gram, self.held_out):
-            if isinstance(gram, SampledGram):
-                continue  # whole in every rank
-            ranks.add(gram)  # where one rank has a block, the others have zeros
-            block = gram_block(len(gram))
-            for i in range(block, len(gram), block):
-                gram[i:, i - block : i] = gram[i - block : i, i:].T
+            if not isinstance(gram, SampledGram):  # that is whole in every rank
+                complete(gram, ranks)
         self.mean_abs /= max(self.tokens, 1)
-
-    def sums(self) -> list[Tensor]:
-        """Everything that adds up over tokens, in the order of the fields: what workers that have seen
-        different tokens add to each other's before :meth:`finish`."""
-        grams = (self.gram, self.held_out)
-        return [g.blocks if isinstance(g, SampledGram) else g for g in grams] + [self.mean_abs]
 
     def offload(self) -> None:
         """Hold Gram matrices on the host."""
@@ -123,24 +116,54 @@ class InputStatistics:
 
     def fold(self, divisor: Tensor) -> None:
         """The statistics of ``x / divisor``: ``H -> diag(1/s) H diag(1/s)``, exact."""
-        self.gram, self.held_out = (_fold(gram, divisor) for gram in (self.gram, self.held_out))
+        self.gram, self.held_out = (fold_gram(gram, divisor) for gram in (self.gram, self.held_out))
         self.mean_abs /= divisor
 
 
-def _fold(gram: Gram, divisor: Tensor) -> Gram:
+@dataclass(frozen=True)
+class BatchStatistics:
+    """What B matrices that are handled at once are judged by.
+
+    Args:
+        gram, held_out: ``(K, K)`` where all have the same, else ``(B, K, K)``.
+        mean_abs: ``(B, K)``.
+        shares: ``(B,)``; see :class:`InputStatistics`.
+    """
+
+    gram: Gram
+    held_out: Gram
+    mean_abs: Tensor
+    shares: Tensor
+
+
+def fold_gram(gram: Gram, divisor: Tensor) -> Gram:
+    """The Gram matrix ``(..., K, K)`` of ``x / divisor``, ``(..., K)``; in place where it is held whole."""
     if isinstance(gram, SampledGram):
         return gram.fold(divisor)
     divisor = divisor.to(gram.device)
-    return gram.div_(divisor[:, None]).div_(divisor)
+    return gram.div_(divisor[..., :, None]).div_(divisor[..., None, :])
 
 
-def _add_gram(gram: Gram, x: Tensor, ranks: Ranks) -> None:
-    if isinstance(gram, SampledGram):
-        gram.add(x)
-        return
-    block = gram_block(len(gram))
-    for i in ranks.mine(range(0, len(gram), block)):
-        gram[i : i + block, i:].addmm_(x[:, i : i + block].T, x[:, i:])
+def add_gram(gram: Tensor, x: Tensor, ranks: Ranks) -> None:
+    """Account for rows ``(T, K)`` in ``gram`` ``(K, K)``, or for ``(E, T, K)`` in ``(E, K, K)``: in the upper
+    triangle, for the blocks of this rank."""
+    width = gram.shape[-1]
+    block = gram_block(width)
+    for i in ranks.mine(range(0, width, block)):
+        rows, left, right = gram[..., i : i + block, i:], x[..., i : i + block].mT, x[..., i:]
+        if gram.ndim == 2:
+            rows.addmm_(left, right)
+        else:
+            rows.baddbmm_(left, right)
+
+
+def complete(gram: Tensor, ranks: Ranks) -> None:
+    """Make ``gram`` ``(..., K, K)`` whole, of the upper triangles that all ranks have added up."""
+    ranks.add(gram)  # where one rank has a block, the others have zeros
+    width = gram.shape[-1]
+    block = gram_block(width)
+    for i in range(block, width, block):
+        gram[..., i:, i - block : i] = gram[..., i - block : i, i:].mT
 
 
 def split_sample(x: Tensor, index: int, count: int) -> Sequence[tuple[Tensor, bool]]:
@@ -150,3 +173,18 @@ def split_sample(x: Tensor, index: int, count: int) -> Sequence[tuple[Tensor, bo
         return [(x[:cut], False), (x[cut:], True)] if cut < len(x) else [(x, False), (x, True)]
     every = min(HELD_OUT_EVERY, count)
     return [(x, index % every == every - 1)]
+
+
+def split_experts(
+    x: Tensor, counts: list[int], index: int, count: int
+) -> Iterator[tuple[Tensor, list[int], bool]]:
+    """As :func:`split_sample` does, of rows sorted by expert and how many each has; of a lone sample, every
+    expert gives up its last rows."""
+    if count > 1:
+        yield from ((rows, counts, held_out) for rows, held_out in split_sample(x, index, count))
+        return
+    found: dict[bool, list[Tensor]] = {False: [], True: []}
+    for rows in x.split(counts):
+        for some, held_out in split_sample(rows, index, count):
+            found[held_out].append(some)
+    yield from ((torch.cat(parts), [len(part) for part in parts], which) for which, parts in found.items())

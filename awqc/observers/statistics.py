@@ -7,12 +7,13 @@ from torch import Tensor, fx
 
 from awqc.memory import ROUNDED_AT_ONCE, Kind
 from awqc.observers.expert_statistics import ExpertStatistics
-from awqc.observers.input_statistics import ALONE, InputStatistics
+from awqc.observers.input_statistics import ALONE, BatchStatistics, InputStatistics
 from awqc.observers.stages import Stage
 from awqc.quantization.matrices import Matrix
 from awqc.ranks import Ranks
 from awqc.report import Report
 from awqc.scaleflow.groups import ScaleGroup
+from awqc.views import ExpertLinear, Linear
 
 #: What the report says of statistics that are not held as Gram matrices on the device.
 _HELD: dict[Kind, str] = {
@@ -40,6 +41,15 @@ class Statistics(dict[fx.Node, InputStatistics]):
     def of(self, node: fx.Node, matrix: Matrix) -> InputStatistics:
         """What to judge ``matrix``, which reads ``node``, by."""
         return self[node] if matrix.index is None else self.by_expert[node][matrix.index]
+
+    def batch(self, node: fx.Node, view: Linear | ExpertLinear, part: range) -> BatchStatistics:
+        """What to judge the matrices of ``view``, which reads ``node``, numbered ``part`` by; a linear is one
+        matrix."""
+        if isinstance(view, ExpertLinear):
+            return self.by_expert[node].batch(part)
+        one = self[node]
+        shares = torch.tensor([one.share], device=one.mean_abs.device)
+        return BatchStatistics(one.gram, one.held_out, one.mean_abs[None], shares)
 
     def finish(self, node: fx.Node, ranks: Ranks = ALONE) -> list[InputStatistics]:
         """Complete the sums of ``node``: those of linears, those of the layer whose experts read it."""

@@ -30,18 +30,18 @@ def clipped_grid(
     """The grid with the least loss for every group of every row.
 
     Args:
-        weight: ``(N, K)`` float32.
+        weight: ``(..., N, K)`` float32.
         scheme: bits, group size, symmetry.
-        blocks: ``(G, g, g)`` diagonal blocks of the Gram matrix, see
+        blocks: ``(..., G, g, g)`` diagonal blocks of the Gram matrix, see
             :func:`awqc.quantization.loss.gram_blocks`.
         shrinks: candidates; the first should be 1.0, the unclipped grid.
-        columns: ``(N, K)`` input scales already multiplied into ``weight``, where ``blocks`` are those of
-            the unscaled input.
+        columns: ``(..., N, K)`` input scales already multiplied into ``weight``, where ``blocks`` are those
+            of the unscaled input.
 
     Returns:
-        The grid, and ``(N, G)`` the share of the range that each group keeps.
+        The grid, and ``(..., N, G)`` the share of the range that each group keeps.
     """
-    width = weight.shape[1]
+    width = weight.shape[-1]
     grouped = split_groups(weight, scheme.group(width))
     undo = None if columns is None else split_groups(columns, scheme.group(width)).reciprocal()
     low, high = grouped.amin(-1), grouped.amax(-1)
@@ -62,7 +62,7 @@ def clipped_grid(
 
 
 def nearest_in_groups(grouped: Tensor, grid: Grid) -> Tensor:
-    """``grouped`` ``(N, G, g)`` rounded to ``grid`` without spreading scales over columns first."""
+    """``grouped`` ``(..., N, G, g)`` rounded to ``grid`` without spreading scales over columns first."""
     scales, zeros = grid.scales[..., None], grid.zeros[..., None]
     codes = (grouped / scales).round_().add_(zeros).clamp_(0, grid.scheme.levels - 1)
     return codes.sub_(zeros).mul_(scales)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from awqc.memory import BATCHED
 from awqc.quantized import Grid
 from awqc.views import ExpertLinear, Linear
 from awqc.weights import Weights
@@ -43,16 +43,26 @@ def matrices(view: Linear | ExpertLinear) -> list[Matrix]:
     return [Matrix(view)]
 
 
-def together(view: Linear | ExpertLinear, grids: Sequence[Grid]) -> Grid:
-    """The grid of all that ``view`` holds, from those of its matrices."""
-    if isinstance(view, Linear):
-        return grids[0]
-    scales, zeros = (torch.stack([getattr(grid, part) for grid in grids]) for part in ("scales", "zeros"))
-    return Grid(scales, zeros, grids[0].scheme, grids[0].in_features)
+def batches(view: Linear | ExpertLinear, rows: int = 0) -> list[range]:
+    """The numbers of the matrices of ``view`` in runs that are handled at once; a linear is one matrix.
+
+    Args:
+        rows: ``(rows, K)`` is the largest that is made of a matrix, if that is larger than itself.
+    """
+    count = view.count if isinstance(view, ExpertLinear) else 1
+    width = view.in_features
+    at_once = max(1, BATCHED // (width * max(view.out_features, width, rows)))
+    return [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
+
+
+def stacked(view: Linear | ExpertLinear, weights: Weights, part: range) -> Tensor:
+    """The current values ``(B, N, K)`` in float32 of the matrices numbered ``part``."""
+    value = view.weight(weights[view.parameter])
+    return (value[part.start : part.stop] if isinstance(view, ExpertLinear) else value[None]).float()
 
 
 def apart(view: Linear | ExpertLinear, grid: Grid) -> list[Grid]:
-    """Inverse of :func:`together`."""
+    """The grid of each matrix, from that of all that ``view`` holds."""
     if isinstance(view, Linear):
         return [grid]
     return [

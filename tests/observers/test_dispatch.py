@@ -88,6 +88,6 @@ def test_rerouting_needs_what_is_not_behind_the_choice() -> None:
         seen.append(known[chosen])
         return {view.x: torch.zeros(16, 32), view.offsets: torch.tensor([4, 8, 12, 16])}
 
-    found = [expert for expert, _ in rerouting.rows({**env, chosen: torch.zeros(8, 2).long()}, evaluate)]
-    assert found == list(range(EXPERTS))
+    found = list(rerouting.rows({**env, chosen: torch.zeros(8, 2).long()}, evaluate))
+    assert len(found) == EXPERTS
     assert [ids[0].tolist() for ids in seen] == [[0, 1], [2, 3]]

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 
 from awqc.graph import Graph
+from awqc.memory import Kind
 from awqc.observers.activations import Activations
 from awqc.observers.expert_statistics import ExpertStatistics
+from awqc.observers.expert_sums import ExpertSums
+from awqc.observers.grams import SampledGram
 from awqc.observers.input_statistics import InputStatistics
 from awqc.observers.stages import Stages
 from awqc.observers.statistics import Statistics
+from awqc.quantization.loss import output_loss
 from awqc.quantization.matrices import Matrix
 from awqc.views import expert_linears
 from tests.mixtures import EXPERTS, Mixture
@@ -30,14 +34,19 @@ def rows(count: int, seed: int) -> Tensor:
     return torch.randn(count, K, generator=torch.Generator().manual_seed(seed))
 
 
-def filled(least: int) -> ExpertStatistics:
-    statistics = ExpertStatistics(VIEW, least, torch.device("cpu"))
-    for expert, counts in enumerate(COUNTS):
-        for held_out, count in enumerate(counts):
-            if count:
-                statistics.add(expert, rows(count, 10 * expert + held_out), bool(held_out))
+def filled(least: int, kind: Kind = "full") -> ExpertStatistics:
+    statistics = ExpertStatistics(VIEW, least, torch.device("cpu"), kind, 3, 100)
+    for expert, pair in enumerate(COUNTS):
+        for held_out, count in enumerate(pair):
+            counts = [count * (e == expert) for e in range(4)]
+            statistics.add(rows(count, 10 * expert + held_out), counts, bool(held_out))
     statistics.finish()
     return statistics
+
+
+def divisors(alike: bool) -> Tensor:
+    found = torch.rand(4, K, generator=torch.Generator().manual_seed(5)) + 0.5
+    return found[:1].expand(4, K) if alike else found
 
 
 def gram(*x: Tensor) -> Tensor:
@@ -66,28 +75,61 @@ def test_with_too_few_rows_it_has_those_of_the_layer() -> None:
     found = filled(least=16)
     assert found.borrowing == 2
     for expert in (1, 2):
-        assert found[expert].gram is found.layer.gram
-        assert found[expert].mean_abs is found.layer.mean_abs
+        assert torch.equal(found[expert].gram, found.layer.gram)
+        assert torch.equal(found[expert].mean_abs, found.layer.mean_abs)
         assert found[expert].tokens == found.tokens[expert] == COUNTS[expert][0]
         assert found[expert].share == COUNTS[expert][0] / 77
     for expert in (0, 3):
         torch.testing.assert_close(found[expert].gram, gram(SEARCH[expert]))
     # 16 / 8 held-out rows are enough: the second has 5, the last none.
     torch.testing.assert_close(found[1].held_out, gram(HELD_OUT[1]))
-    assert found[2].held_out is found[3].held_out is found.layer.held_out
+    for expert in (2, 3):
+        assert torch.equal(found[expert].held_out, found.layer.held_out)
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "sampled"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_all_share_stays_shared_where_they_are_divided_alike(kind: Kind, alike: bool) -> None:
+    shared = filled(least=0, kind=kind)
+    assert shared.borrowing == 4
+    weight = torch.randn(4, 2, K, generator=torch.Generator().manual_seed(6))
+    before = output_loss(weight, shared.batch(range(4)).gram)
+    scales = divisors(alike)
+    shared.fold(scales)
+    batch = shared.batch(range(1, 3))
+    apart = batch.gram.blocks.ndim == 4 if isinstance(batch.gram, SampledGram) else batch.gram.ndim == 3
+    assert apart == (not alike)
+    torch.testing.assert_close(output_loss((weight * scales[:, None])[1:3], batch.gram), before[1:3])
+    torch.testing.assert_close(output_loss(weight[2] * scales[2], shared[2].gram), before[2])
+    assert batch.shares.tolist() == pytest.approx([7 / 77, 0])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_rows_are_added_up_the_same_however_many_come_at_once(together: bool) -> None:
+    counts = [[5, 0, 3, 1], [0, 0, 40, 2], [1, 7, 0, 0]]
+    sums = ExpertSums(4, K, torch.device("cpu"), together)
+    alone: list[list[Tensor]] = [[], [], [], []]
+    for seed, each in enumerate(counts):
+        x = rows(sum(each), seed)
+        sums.add(x, each)
+        for expert, part in enumerate(x.split(each)):
+            alone[expert].append(part)
+    sums.add_up()
+    assert sums.tokens == [6, 7, 43, 3]
+    for expert, parts in enumerate(alone):
+        torch.testing.assert_close(sums.gram[expert].triu(), gram(*parts).triu())
+        torch.testing.assert_close(sums.magnitude[expert], torch.cat(parts).abs().sum(0))
 
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_a_fold_is_exact(alike: bool) -> None:
     found, before = filled(least=16), filled(least=16)
-    divisors = torch.rand(4, K, generator=torch.Generator().manual_seed(5)) + 0.5
-    divisors = divisors[:1].expand(4, K) if alike else divisors
-    found.fold(divisors)
-    for expert, by in enumerate(divisors):
+    scales = divisors(alike)
+    found.fold(scales)
+    for expert, by in enumerate(scales):
         torch.testing.assert_close(found[expert].gram, before[expert].gram / by[:, None] / by)
         torch.testing.assert_close(found[expert].held_out, before[expert].held_out / by[:, None] / by)
         torch.testing.assert_close(found[expert].mean_abs, before[expert].mean_abs / by)
-    assert (found[1].gram is found[2].gram) == alike, "shared sums stay shared where all are divided alike"
 
 
 def observed(**options: Any) -> tuple[Graph, list[Statistics]]:
@@ -150,5 +192,6 @@ def test_statistics_of_a_matrix() -> None:
     view = next(expert_linears(graph))
     node = next(iter(first.by_expert))
     assert node is view.x
-    assert first.of(node, Matrix(view, 2)) is first.by_expert[node][2]
+    assert torch.equal(first.of(node, Matrix(view, 2)).gram, first.by_expert[node][2].gram)
+    assert torch.equal(first.batch(node, view, range(1, 3)).gram[1], first.by_expert[node][2].gram)
     assert all(isinstance(found, InputStatistics) for found in first.values())
