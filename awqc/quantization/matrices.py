@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from awqc.memory import BATCHED
@@ -49,8 +48,7 @@ def batches(view: Linear | ExpertLinear, rows: int = 0) -> list[range]:
     Args:
         rows: ``(rows, K)`` is the largest that is made of a matrix, if that is larger than itself.
     """
-    count = view.count if isinstance(view, ExpertLinear) else 1
-    width = view.in_features
+    count, width = view.count if isinstance(view, ExpertLinear) else 1, view.in_features
     at_once = max(1, BATCHED // (width * max(view.out_features, width, rows)))
     return [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 

@@ -75,7 +75,7 @@ class ScaleGroup:
             return Divisor(self._divided(core, scales, value.degree))
         # Ids repeat: what each stands for at each expert is looked up once, not for every row.
         distinct, kinds = core.unique(return_inverse=True)
-        table = self._divided(self.families.table(distinct, self.families.experts), scales, value.degree)
+        table = self._divided(self.families.table(distinct, self.families.largest), scales, value.degree)
         rows = unexpanded(value.routing.rows).to(scales.device)
         return Divisor(table, replace(value.routing, rows=rows), kinds.to(scales.device))
 

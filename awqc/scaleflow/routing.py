@@ -90,8 +90,8 @@ class Families:
         return torch.where(differ, first + base, first) if spacing == [stride, count] else None
 
     @property
-    def experts(self) -> int:
-        """How many the members of a family are of, at most."""
+    def largest(self) -> int:
+        """Channels in the largest family."""
         return max((count for _, _, count in self._spacing.values()), default=0)
 
     def hold(self, ids: Tensor) -> bool:
