@@ -36,11 +36,14 @@ _ADDED_ROWS, _ADDED_SHARE, _OF_EXPERT = 2048, 2, 8
 ROUNDED_AT_ONCE, _ROUNDING_SHARE = 1 << 26, 0.75
 #: Elements of weights or of Gram matrices of experts that other passes handle at once.
 BATCHED = 1 << 24
-#: Copies in float32 of what is handled at once: its rows joined, permuted, what is wanted of them or their
+#: Copies in float32 of what is rounded at once: its rows joined, permuted, what is wanted of them or their
 #: codes, and scales and zero points of every column. Of experts some of these are there apart and joined, and
 #: so are factors, which are as large. Of all weights that read an input there are codes in bytes, twice.
 #: Other passes need a few temporary copies of a weight beside it.
 _ROUNDING_COPIES, _EXPERT_COPIES, _CODES_BYTES, _OTHER_COPIES = 5, 10, 2, 5
+#: The same of experts that other passes handle at once: candidates of their scales, the grids of these spread
+#: over columns, errors, and Gram matrices.
+_BATCH_COPIES = 9
 #: Gram matrices that the factorization in place of one needs at most for what is copied at once, and for the
 #: library.
 _FACTORING = 0.25
@@ -198,6 +201,7 @@ def working_bytes(observer: Observer, kind: Kind, compensated: bool, at_once: in
     stacked = max((width * v.out_features * v.count for v in observer.stacks), default=0)
     experts = _EXPERT_COPIES * FLOAT * min(stacked, most) + _CODES_BYTES * stacked
     other = _OTHER_COPIES * FLOAT * max(v.out_features for v in views) * width
+    other = max(other, _BATCH_COPIES * FLOAT * min(stacked, BATCHED))
     if not compensated or kind == "sampled":
         return other
     return max(linears if observer.linears else 0, experts, other)

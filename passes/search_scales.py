@@ -221,8 +221,7 @@ class SearchScales(Pass):
         seen from the unscaled input: ``(B, S, R, K)``."""
         size, k = (*columns.shape[:2], *rows.shape[1:]), rows.shape[-1]
         spread = columns[:, :, None].expand(size).flatten(1, 2)
-        weight = rows[:, None].expand(size).flatten(1, 2)
-        scaled = weight * spread
+        scaled = (rows[:, None] * columns[:, :, None]).flatten(1, 2)
         blocks = gram_blocks(gram, scheme.group(k)).to(rows.device)
         grid, _ = clipped_grid(scaled, scheme, blocks, self.shrinks, spread)
         if self.rounding == "nearest" or isinstance(gram, SampledGram):
@@ -236,9 +235,9 @@ class SearchScales(Pass):
                 factors[one.data_ptr()] = order, feedback(here, order)
             order, factor = factors[one.data_ptr()]
             alone = Grid(grid.scales[i], grid.zeros[i], scheme, k)
-            by_column = ColumnGrid.of(alone, order, spread[i])
-            codes = in_place(compensated_codes(weight[i], by_column, factor, order), order)
-            found.append(alone.decode(codes) / spread[i] - weight[i])
+            weight, by_column = rows[i].repeat(size[1], 1), ColumnGrid.of(alone, order, spread[i])
+            codes = in_place(compensated_codes(weight, by_column, factor, order), order)
+            found.append(alone.decode(codes) / spread[i] - weight)
         return torch.stack(found).view(size)
 
     def _best_by_block(

@@ -49,7 +49,9 @@ def batches(view: Linear | ExpertLinear, rows: int = 0) -> list[range]:
         rows: ``(rows, K)`` is the largest that is made of a matrix, if that is larger than itself.
     """
     count, width = view.count if isinstance(view, ExpertLinear) else 1, view.in_features
-    at_once = max(1, BATCHED // (width * max(view.out_features, width, rows)))
+    # Not more than all matrices themselves, so that what it takes is foretold by their size.
+    most = min(BATCHED, count * view.out_features * width)
+    at_once = max(1, most // (width * max(view.out_features, width, rows)))
     return [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
 
