@@ -29,8 +29,8 @@ FLOAT = 4
 #: Tokens in the sample of a ``sampled`` activation, for searching and held out each.
 SAMPLED_ROWS = 2048
 #: Tokens that are added to a Gram matrix at once, at most, and as a share of its width: it is read and
-#: written each time, and they wait in memory. Of an expert's, of which there are many, an eighth.
-_ADDED_ROWS, _ADDED_SHARE, _OF_EXPERT = 2048, 2, 8
+#: written each time, and they wait in memory. Of an expert's, of which there are many, a quarter.
+_ADDED_ROWS, _ADDED_SHARE, _OF_EXPERT = 2048, 2, 4
 #: Elements of weights that compensated rounding handles at once, at least where there are as many; and the
 #: share of what a GPU has left beside a stage that more of them may take.
 ROUNDED_AT_ONCE, _ROUNDING_SHARE = 1 << 26, 0.75

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from awqc.checkpoints.format import CheckpointFormat, LinearReader, register_format
-from awqc.checkpoints.packing import pack_bits, unpack_bits
+from awqc.checkpoints.packing import pack_bits, shapes, unpack_bits
 from awqc.checkpoints.tensors import TensorFiles
 from awqc.errors import CheckpointError
 from awqc.quantized import QuantizedWeight, Scheme
@@ -41,7 +41,7 @@ class Artifact(CheckpointFormat):
             f"{prefix}.codes": pack_bits(weight.codes, weight.scheme.bits),
             f"{prefix}.scales": weight.scales.contiguous(),
             f"{prefix}.zeros": pack_bits(weight.zeros, weight.scheme.bits),
-            f"{prefix}.shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+            f"{prefix}.shape": shapes(weight),
         }
 
     def quantization_config(

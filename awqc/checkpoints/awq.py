@@ -42,7 +42,7 @@ class AwqFormat(CheckpointFormat):
         return {
             f"{prefix}.qweight": pack_gemm(weight.codes),
             f"{prefix}.qzeros": pack_gemm(weight.zeros),
-            f"{prefix}.scales": _half(prefix, weight.scales).t().contiguous(),
+            f"{prefix}.scales": _half(prefix, weight.scales).mT.contiguous(),
         }
 
     def quantization_config(

@@ -169,13 +169,14 @@ def padded_words(k: int, group: int) -> int:
 
 
 def pack_gemm(codes: Tensor) -> Tensor:
-    """Codes ``(N, C)`` uint8, N a multiple of 8, as words ``(C, N / 8)`` int32 in :class:`Gemm`'s order."""
-    rows = codes.unflatten(0, (-1, 8))
-    words = rows[:, ORDER[0]].to(torch.int32)
+    """Codes ``(..., N, C)`` uint8, N a multiple of 8, as words ``(..., C, N / 8)`` int32 in the order of
+    :class:`Gemm`."""
+    rows = codes.unflatten(-2, (-1, 8))
+    words = rows[..., ORDER[0], :].to(torch.int32)
     for nibble in range(1, 8):
-        words |= rows[:, ORDER[nibble]].to(torch.int32) << 4 * nibble
+        words |= rows[..., ORDER[nibble], :].to(torch.int32) << 4 * nibble
     # Transposed last, as whole words: moving single codes across the matrix takes four times as long.
-    return words.t().contiguous()
+    return words.mT.contiguous()
 
 
 def unpack_gemm(words: Tensor) -> Tensor:

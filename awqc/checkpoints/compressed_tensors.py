@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from awqc.checkpoints.format import CheckpointFormat, LinearReader, register_format
-from awqc.checkpoints.packing import pack_words, unpack_words
+from awqc.checkpoints.packing import pack_words, shapes, unpack_words
 from awqc.checkpoints.tensors import TensorFiles
 from awqc.errors import CheckpointError
 from awqc.quantized import QuantizedWeight, Scheme
@@ -48,11 +48,11 @@ class CompressedTensors(CheckpointFormat):
         tensors = {
             f"{prefix}.weight_packed": pack_words(weight.codes, bits),
             f"{prefix}.weight_scale": weight.scales.contiguous(),
-            f"{prefix}.weight_shape": torch.tensor(weight.codes.shape, dtype=torch.int64),
+            f"{prefix}.weight_shape": shapes(weight),
         }
         if weight.scheme.zero_point:
-            words = pack_words(weight.zeros.t(), bits)
-            tensors[f"{prefix}.weight_zero_point"] = words.t().contiguous()
+            words = pack_words(weight.zeros.mT, bits)
+            tensors[f"{prefix}.weight_zero_point"] = words.mT.contiguous()
         return tensors
 
     def quantization_config(

@@ -110,7 +110,11 @@ class CheckpointFormat(ABC):
     @abstractmethod
     def encode(self, prefix: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors of linear ``prefix`` by their name on disk, on the device of ``weight``. Only
-        called for linears that :meth:`refuses` accepted."""
+        called for linears that :meth:`refuses` accepted.
+
+        Of the weights ``(E, N, K)`` of several linears that share a scheme, every tensor has one dimension
+        more in front and is that of each.
+        """
 
     @abstractmethod
     def quantization_config(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from awqc.quantized import QuantizedWeight
+
 
 def reinterpret(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The same bytes as elements of ``dtype``, the last dimension longer or shorter by the ratio of sizes."""
@@ -42,12 +44,12 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes ``(N, K)`` uint8 of any width, row by row without gaps: every 8 codes fill ``bits`` bytes.
+    """Codes ``(..., K)`` uint8 of any width, row by row without gaps: every 8 codes fill ``bits`` bytes.
 
     Returns:
-        ``(N, ceil(K / 8) * bits)`` uint8; the last codes of a row are padded with zeros.
+        ``(..., ceil(K / 8) * bits)`` uint8; the last codes of a row are padded with zeros.
     """
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 8))
     if bits == 4:  # the same bytes, ten times as fast
         return pack_nibbles(padded)
     padded = padded.unflatten(-1, (-1, 8))
@@ -68,3 +70,9 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         word |= octets[..., j].to(torch.int64) << 8 * j
     codes = [(word >> bits * i & (1 << bits) - 1).to(torch.uint8) for i in range(8)]
     return torch.stack(codes, dim=-1).flatten(-2)[..., :count].contiguous()
+
+
+def shapes(weight: QuantizedWeight) -> Tensor:
+    """``(N, K)`` as a tensor ``(2,)`` int64; of the weights of E linears ``(E, 2)``."""
+    *several, n, k = weight.codes.shape
+    return torch.tensor([n, k]).repeat(*several, 1)

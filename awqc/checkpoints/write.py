@@ -41,11 +41,12 @@ class QuantizedStream:
 
     Args:
         shapes: ``(N, K)`` and scheme of every one by its module name on disk.
-        weights: begins to read; each weight with its name, in any order.
+        weights: begins to read; each weight with its name, in any order, and a stack with the names of all
+            that it holds.
     """
 
     shapes: Mapping[str, tuple[int, int, Scheme]]
-    weights: Callable[[], Iterable[tuple[str, QuantizedWeight]]]
+    weights: Callable[[], Iterable[tuple[str | Sequence[str], QuantizedWeight]]]
 
     @staticmethod
     def of(quantized: Mapping[str, QuantizedWeight]) -> QuantizedStream:
@@ -130,8 +131,14 @@ def _stored(
                 f"{module!r} is quantized and its dense weight {name!r} was given too: leave it out"
             )
         yield name, tensor
-    for name, weight in quantized.weights():
-        yield from fmt.encode(name, weight).items()
+    for names, weight in quantized.weights():
+        if isinstance(names, str):
+            yield from fmt.encode(names, weight).items()
+            continue
+        for first, stacked in fmt.encode(names[0], weight).items():
+            # On the host they are cut apart: each is a copy of its own from a device.
+            for name, tensor in zip(names, stacked.cpu(), strict=True):
+                yield name + first.removeprefix(names[0]), tensor
 
 
 def _with_dtype(

@@ -11,8 +11,8 @@ from awqc.memory import added_rows
 from awqc.observers.input_statistics import ALONE, add_gram
 from awqc.ranks import Ranks
 
-#: Share of the experts that must still have rows for these to be added up together, padded with zeros.
-_TOGETHER = 4
+#: One expert in so many must still have rows for all to be added up together, padded with zeros.
+_TOGETHER = 16
 
 
 class ExpertSums:

@@ -40,7 +40,7 @@ class Piece:
         """The tensor on disk for a value of the parameter."""
         if self.index is None or self.rows is None or self.columns is None:
             return parameter
-        taken = parameter[self.index][_places(self.rows)][:, _places(self.columns)]
+        taken = parameter[self.index][places(self.rows)][:, places(self.columns)]
         return taken.T if self.transposed else taken
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
@@ -55,7 +55,7 @@ class Piece:
         if self.index is None or self.rows is None or self.columns is None:
             parameter.copy_(value)
         else:
-            matrix, rows, columns = parameter[self.index], _places(self.rows), _places(self.columns)
+            matrix, rows, columns = parameter[self.index], places(self.rows), places(self.columns)
             value = (value.T if self.transposed else value).to(parameter.dtype)
             if isinstance(rows, Tensor) and isinstance(columns, Tensor):
                 matrix[rows[:, None], columns] = value
@@ -63,7 +63,7 @@ class Piece:
                 matrix[rows, columns] = value
 
 
-def _places(numbers: Tensor) -> slice | Tensor:
+def places(numbers: Tensor) -> slice | Tensor:
     """``numbers`` as an index; consecutive ones as a slice, which is copied many times faster."""
     first, count = int(numbers[0]), len(numbers)
     run = torch.equal(numbers, torch.arange(first, first + count))

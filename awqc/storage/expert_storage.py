@@ -8,14 +8,14 @@ stack itself, expert ``e`` of ``a.b`` becomes the linear ``a.e.b``, and that of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from awqc.quantized import QuantizedWeight
-from awqc.storage.disk_names import Piece
+from awqc.storage.disk_names import Piece, places
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,21 @@ class StoredLinear:
     index: int
     outputs: Tensor | None = None
 
-    def of(self, stack: QuantizedWeight) -> QuantizedWeight:
-        """This linear's weight ``(n, K)`` in a stack ``(E, N, K)``."""
-        parts = (part[self.index] for part in (stack.codes, stack.scales, stack.zeros))
-        codes, scales, zeros = (p if self.outputs is None else p[self.outputs.to(p.device)] for p in parts)
-        return QuantizedWeight(codes, scales, zeros, stack.scheme)
+
+def cut(
+    linears: Sequence[StoredLinear], stack: QuantizedWeight
+) -> Iterator[tuple[list[str], QuantizedWeight]]:
+    """The weights of ``linears`` in ``stack`` ``(E, N, K)``, with their names: at once those that have the
+    same output channels of their experts."""
+    alike: dict[bytes, list[StoredLinear]] = {}
+    for linear in linears:
+        key = b"" if linear.outputs is None else linear.outputs.numpy().tobytes()
+        alike.setdefault(key, []).append(linear)
+    for those in alike.values():
+        chosen, outputs = torch.tensor([linear.index for linear in those]), those[0].outputs
+        experts, rows = places(chosen), slice(None) if outputs is None else places(outputs)
+        codes, scales, zeros = (p[experts][:, rows] for p in (stack.codes, stack.scales, stack.zeros))
+        yield [linear.name for linear in those], QuantizedWeight(codes, scales, zeros, stack.scheme)
 
 
 def stored_linears(pieces: Sequence[Piece], count: int, transposed: bool) -> list[StoredLinear]:

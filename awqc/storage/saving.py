@@ -29,7 +29,7 @@ from awqc.runtime.experts import QuantExperts
 from awqc.runtime.input_scales import SUFFIX
 from awqc.runtime.linear import QuantLinear
 from awqc.runtime.lowering import lower_linear
-from awqc.storage.expert_storage import StoredLinear, join, stored_linears
+from awqc.storage.expert_storage import StoredLinear, cut, join, stored_linears
 from awqc.storage.source import ModelSource, aliases
 from awqc.views import operand
 
@@ -128,7 +128,7 @@ def write(
 
 
 def _quantized(result: Result) -> QuantizedStream:
-    """Every quantized linear under its name on disk, those of a stack one by one."""
+    """Every quantized linear under its name on disk, those of a stack too."""
     source, shapes = result.source, {}
     for name, linear in result.linears.items():
         shapes[source.module_on_disk(name)] = (linear.out_features, linear.in_features, linear.scheme)
@@ -138,12 +138,11 @@ def _quantized(result: Result) -> QuantizedStream:
             rows = experts.out_features if piece.outputs is None else len(piece.outputs)
             shapes[piece.name] = (rows, experts.in_features, experts.scheme)
 
-    def weights() -> Iterator[tuple[str, QuantizedWeight]]:
+    def weights() -> Iterator[tuple[str | list[str], QuantizedWeight]]:
         for name in result.linears:
             yield source.module_on_disk(name), result.weight(name)
         for name in result.stacks:
-            stack = result.weight(name)
-            yield from ((piece.name, piece.of(stack)) for piece in pieces[name])
+            yield from cut(pieces[name], result.weight(name))
 
     return QuantizedStream(shapes, weights)
 

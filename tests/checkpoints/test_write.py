@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from awqc.checkpoints import SearchRecord, open_checkpoint, write_checkpoint
+from awqc.checkpoints import SearchRecord, get_format, open_checkpoint, write_checkpoint
 from awqc.errors import CheckpointError
-from awqc.quantized import QuantizedWeight, Scheme
+from awqc.quantized import QuantizedWeight, Scheme, stack
 from tests.checkpoints import specification as spec
 from tests.checkpoints.weights import random_weight, same
 
@@ -240,3 +240,13 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert message.startswith(f"the disk is full: {out} needs more than ")
     assert message.endswith("are available there: free some space or choose another output path")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["awq", "compressed-tensors", "awqc"])
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 32, False)])
+def test_linears_that_are_encoded_at_once_are_those_encoded_alone(format: str, scheme: Scheme) -> None:
+    alone = [random_weight(16, 64, scheme, seed) for seed in range(3)]
+    together = get_format(format).encode("x", stack(alone))
+    for e, weight in enumerate(alone):
+        for name, tensor in get_format(format).encode("x", weight).items():
+            assert torch.equal(together[name][e], tensor), name

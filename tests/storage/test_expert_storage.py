@@ -7,7 +7,7 @@ import torch
 
 from awqc.quantized import QuantizedWeight, Scheme, quantize, stack
 from awqc.storage.disk_names import Piece
-from awqc.storage.expert_storage import StoredLinear, join, stored_linears
+from awqc.storage.expert_storage import StoredLinear, cut, join, stored_linears
 
 E, N, K = 2, 8, 32
 ALL = torch.arange(K)
@@ -29,12 +29,25 @@ def halves(transposed: bool) -> list[Piece]:
     return found
 
 
+def apart(linears: list[StoredLinear], whole: QuantizedWeight) -> dict[str, QuantizedWeight]:
+    """Each of ``linears`` by its name."""
+    return {
+        name: QuantizedWeight(several.codes[e], several.scales[e], several.zeros[e], several.scheme)
+        for names, several in cut(linears, whole)
+        for e, name in enumerate(names)
+    }
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_stack_is_cut_as_the_float_checkpoint_cuts_it(transposed: bool) -> None:
     whole = weights()
     linears = stored_linears(halves(transposed), E, transposed)
     assert [linear.name for linear in linears] == ["moe.0.gate", "moe.1.gate", "moe.0.up", "moe.1.up"]
-    stored = {linear.name: linear.of(whole) for linear in linears}
+    assert [names for names, _ in cut(linears, whole)] == [
+        ["moe.0.gate", "moe.1.gate"],
+        ["moe.0.up", "moe.1.up"],
+    ]
+    stored = apart(linears, whole)
     assert torch.equal(stored["moe.1.up"].codes, whole.codes[1, 1::2])
     assert torch.equal(stored["moe.1.up"].scales, whole.scales[1, 1::2])
     assert torch.equal(stored["moe.0.gate"].zeros, whole.zeros[0, 0::2])
@@ -51,7 +64,7 @@ def test_names_where_the_float_checkpoint_has_the_stack(name: str, expected: str
     whole = weights()
     linears = stored_linears([Piece(name)], E, False)
     assert linears[1] == StoredLinear(expected, 1)
-    stored = {linear.name: linear.of(whole) for linear in linears}
+    stored = apart(linears, whole)
     assert torch.equal(join(linears, stored.__getitem__).codes, whole.codes)
 
 
