@@ -17,22 +17,30 @@ constexpr int ZEROS = SCALES + 32 * GROUPS;      // and its zero points
 constexpr int STRIP_BYTES = ZEROS + 16 * GROUPS;
 constexpr int TILES = GROUP / 16;                // mma steps of a group
 
-// The I-th pair of codes of a word as two numbers 16 + q: the four bits are the top of a mantissa whose exponent
-// is that of 16, so neither a conversion nor a subtraction is needed.
-template <int I>
-__device__ __forceinline__ u32 sixteen_plus(u32 word) {
-#if BF16
-  return masked(__funnelshift_r(word, word, 3 + 4 * I), 0x00780078u, 0x41804180u);
-#else
-  return masked(I ? __funnelshift_r(word, word, 4 * I) : word, 0x03C003C0u, 0x4C004C00u);
-#endif
-}
+// What `unpack` adds to codes of rows 0 to 7 of a strip, and of rows 8 to 15.
+constexpr int LOW_BASE = BF16 ? 32 : 16, HIGH_BASE = BF16 ? 32 : 256;
+// For numbers from such a base on: the bits of the negated base as a float, and how far they are from those of one more.
+constexpr u32 LOW_BITS = BF16 ? 0xC2000000u : 0xC1800000u, LOW_STEP = BF16 ? 0x40000u : 0x80000u;
+constexpr u32 HIGH_BITS = BF16 ? 0xC2000000u : 0xC3800000u, HIGH_STEP = BF16 ? 0x40000u : 0x8000u;
 
+__device__ __forceinline__ u32 rotated(u32 word, u32 bits) { return __funnelshift_r(word, word, bits); }
+
+// A word's codes, in pairs, as numbers: four bits of a mantissa whose exponent is that of a base, so that neither a
+// conversion nor a subtraction is needed. Of float16's mantissa either the four bits from bit 6 on have the last worth 1
+// (16 + q) or those from bit 2 on (256 + q), so that one rotation serves four pairs; bfloat16's has room for one pair.
 __device__ __forceinline__ void unpack(u32 (&a)[4], u32 word) {
-  a[0] = sixteen_plus<0>(word);
-  a[1] = sixteen_plus<1>(word);
-  a[2] = sixteen_plus<2>(word);
-  a[3] = sixteen_plus<3>(word);
+#if BF16
+  a[0] = masked(rotated(word, 4), 0x003C003Cu, 0x42004200u);
+  a[1] = masked(rotated(word, 8), 0x003C003Cu, 0x42004200u);
+  a[2] = masked(rotated(word, 12), 0x003C003Cu, 0x42004200u);
+  a[3] = masked(word, 0x003C003Cu, 0x42004200u);
+#else
+  const u32 turned = rotated(word, 8);
+  a[0] = masked(word, 0x03C003C0u, 0x4C004C00u);
+  a[1] = masked(turned, 0x003C003Cu, 0x5C005C00u);
+  a[2] = masked(turned, 0x03C003C0u, 0x4C004C00u);
+  a[3] = masked(word, 0x003C003Cu, 0x5C005C00u);
+#endif
 }
 
 __device__ __forceinline__ float bfloat_to_float(u16 bits) { return __uint_as_float(u32(bits) << 16); }
@@ -69,7 +77,7 @@ __device__ __forceinline__ void load_x(u32 (&b)[4][NT][2], u32 x, int tokens, in
 }
 
 // y += W x for S strips of weights; x and x + half_bytes are the activations of the halves of their 128 channels.
-// The product is taken with 16 + q; what that adds, (16 + z) times the sum of the group's activations, is known
+// The product is taken with base + q; what that adds, (base + z) times the sum of the group's activations, is known
 // exactly and subtracted before the scale is applied. Strips take turns, so that no product waits for the last.
 // Sums of activations are a product with ones. With TURNED that has the activations as its first operand: what a lane has
 // of 32 channels of 8 tokens are the registers of the first operand for 16 rows, half of the channels of token r in row
@@ -137,9 +145,9 @@ __device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips,
         const u32 scale = reinterpret_cast<const u32*>(own + SCALES)[pair];
         const u32 zero = reinterpret_cast<const u16*>(own + ZEROS)[pair];
         const float scales[2] = {scale_to_float(u16(scale)), scale_to_float(u16(scale >> 16))};
-        // -(16 + z), for z up to 16, put together from its bits: conversions run at a quarter of the rate.
-        const float offsets[2] = {__uint_as_float(0xC1800000u + (zero & 255u) * 0x80000u),
-                                  __uint_as_float(0xC1800000u + (zero >> 8) * 0x80000u)};
+        // -(base + z), for z up to 16, put together from its bits: conversions run at a quarter of the rate.
+        const float offsets[2] = {__uint_as_float(LOW_BITS + (zero & 255u) * LOW_STEP),
+                                  __uint_as_float(HIGH_BITS + (zero >> 8) * HIGH_STEP)};
 #pragma unroll
         for (int t = 0; t < NT; ++t)
 #pragma unroll

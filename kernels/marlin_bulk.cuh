@@ -1,4 +1,19 @@
 // Hopper's asynchronous copies, the barriers that they complete on, clusters, and what a block begins with.
+//
+// Copies take their operands from registers that a warp shares. Where the compiler knows that one lane issues them
+// (`elected`), of operands that are the same in all lanes (`uniform`), it puts them there; elsewhere it goes through the
+// lanes in a loop, which waits for each copy to have read its operands.
+
+// Whether this is the lane that acts for its warp, all of whose lanes ask.
+__device__ __forceinline__ bool elected() {
+  u32 is;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(is));
+  return is;
+}
+
+// `value`, which is the same in all lanes of the warp.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 __device__ __forceinline__ void init_barrier(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }

@@ -11,8 +11,9 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 // A number in both halves of a register, in the dtype of the activations.
 __device__ __forceinline__ u32 twice(float value) { return from_floats(value, value); }
 
-// 16 + z in both halves of a register, for z up to 16: like 16 + q, put together from its bits.
-__device__ __forceinline__ u32 sixteen_and(u32 z) { return BF16 ? 0x41804180u + z * 0x80008u : 0x4C004C00u + z * 0x400040u; }
+// base + z in both halves of a register, for z up to 16: like base + q, put together from its bits.
+__device__ __forceinline__ u32 low_and(u32 z) { return BF16 ? 0x42004200u + z * 0x40004u : 0x4C004C00u + z * 0x400040u; }
+__device__ __forceinline__ u32 high_and(u32 z) { return BF16 ? 0x42004200u + z * 0x40004u : 0x5C005C00u + z * 0x40004u; }
 
 // A lane's part of a set as it is stored.
 struct Packed {
@@ -41,7 +42,7 @@ struct Packed {
 #else
         scale[0] = twice(scale_to_float(u16(pair))), scale[1] = twice(scale_to_float(u16(pair >> 16)));
 #endif
-        offset[0] = sixteen_and(zero & 255u), offset[1] = sixteen_and(zero >> 8);
+        offset[0] = low_and(zero & 255u), offset[1] = high_and(zero >> 8);
       }
       unpack(a[s], s == 0 ? words.x : s == 1 ? words.y : s == 2 ? words.z : words.w);
 #pragma unroll

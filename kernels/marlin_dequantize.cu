@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(128)
     const u32 scale = reinterpret_cast<const u32*>(own + SCALES)[pair];
     const u32 zero = reinterpret_cast<const u16*>(own + ZEROS)[pair];
     const float scales[2] = {scale_to_float(u16(scale)), scale_to_float(u16(scale >> 16))};
-    const float offsets[2] = {16.f + float(zero & 255u), 16.f + float(zero >> 8)};
+    const float offsets[2] = {float(LOW_BASE + int(zero & 255u)), float(HIGH_BASE + int(zero >> 8))};
 #pragma unroll
     for (int s = 0; s < TILES; ++s) {
       u32 a[4];

@@ -4,9 +4,9 @@ A weight ``(N, K)`` is cut into blocks of 64 rows by 128 input channels, stored 
 then along N. A block is four strips of 16 rows, and a strip is codes, then scales, then zero points:
 
 * Codes: 1024 bytes. For each half of the channels, the 32 lanes of a warp have 16 bytes each: four words, one
-  for every 16 channels. A word is a lane's part of the ``m16n8k16`` matrix fragment, eight codes: code
-  ``i + 4 * j`` of the word is half ``j`` of register ``i``. Code 0 begins at bit 6, where a float16 has the
-  top of its mantissa, so that the first pair needs no shift.
+  for every 16 channels. A word is a lane's part of an ``m16n8k16`` matrix fragment, eight codes: that of half
+  ``j`` of register ``i`` begins at bit ``2 + 4 * ((i + 1) % 4) + 16 * j``. At bits 2 and 6 of a float16 it is
+  a number as it is (``marlin_block.cuh``), so that two of four pairs need no shift, and two share one.
 * Scales: two bytes for each group and row, rows ``r`` and ``r + 8`` of a strip side by side; zero points: one
   byte each, in the same order.
 
@@ -25,8 +25,6 @@ from awqc.kernels.qlinear import group_channels
 ROWS, CHANNELS, STRIPS = 64, 128, 4
 #: Bytes of a strip's codes.
 CODE_BYTES = ROWS // STRIPS * CHANNELS // 2
-#: Bit at which the first code of a word begins.
-_FIRST_BIT = 6
 
 
 def kernel_group(group_size: int, in_features: int) -> int | None:
@@ -64,7 +62,7 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tenso
         for upper in range(2):
             for eighth in range(2):
                 part = parts[:, :, eighth, :, :, :, :, upper, :, high].permute(0, 3, 1, 4, 2, 6, 5)
-                words |= _rotated(part, eighth + 2 * upper + 4 * high)
+                words |= _rotated(part, _bit(eighth + 2 * upper, high))
     strips = [words.view(rows, columns, STRIPS, -1).view(torch.uint8)]
     for values in (scales.view(torch.int16), zeros.to(torch.uint8)):
         spread = _per_block(values, group_size, group, n, k, columns)
@@ -83,7 +81,7 @@ def unpack(packed: Tensor, n: int, k: int, group_size: int, scale_dtype: torch.d
     for high in range(2):
         for upper in range(2):
             for eighth in range(2):
-                bit = (_FIRST_BIT + 4 * (eighth + 2 * upper + 4 * high)) % 32
+                bit = _bit(eighth + 2 * upper, high)
                 low = words >> bit & 15
                 if bit > 28:  # wraps around
                     low = (words >> bit & (1 << 32 - bit) - 1) | (words & (1 << bit - 28) - 1) << 32 - bit
@@ -101,9 +99,13 @@ def unpack(packed: Tensor, n: int, k: int, group_size: int, scale_dtype: torch.d
     return codes.view(rows * ROWS, -1)[:n, :k].contiguous(), *tables
 
 
-def _rotated(code: Tensor, position: int) -> Tensor:
-    """``code`` in its place of a 32-bit word; bits beyond the last re-enter at the first."""
-    bit = (_FIRST_BIT + 4 * position) % 32
+def _bit(register: int, half: int) -> int:
+    """Where the code of half a register begins in a word."""
+    return 16 * half + 2 + 4 * ((register + 1) % 4)
+
+
+def _rotated(code: Tensor, bit: int) -> Tensor:
+    """``code`` at ``bit`` of a 32-bit word; bits beyond the last re-enter at the first."""
     code = code.to(torch.int32)
     if bit <= 28:
         return code << bit

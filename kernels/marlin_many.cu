@@ -117,8 +117,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   if (threadIdx.x >= CONSUMERS) {
     give_registers<FEW_REGISTERS>();
     // One thread of each warp: copies are issued one at a time, and four threads wait for four of them at once.
-    const int copier = (threadIdx.x - CONSUMERS) >> 5, half = copier & 1;
-    if (threadIdx.x & 31) return;
+    const int copier = uniform((threadIdx.x - CONSUMERS) >> 5), half = copier & 1;
+    if (!elected()) return;
     if (copier >= 2) wait_for_previous();
     Walk walk(shares, own_share);
     Piece piece;

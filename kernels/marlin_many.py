@@ -6,7 +6,6 @@ import functools
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -145,17 +144,21 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
         limit: bytes of shared memory that a block may have.
     """
     tilings = [
-        fitting(size, form, group, limit)
-        for size, form in product(reversed(TILE_TOKENS), ("whole", "shared"))  # clusters are not measured yet
+        fitting(size, form, group, limit) for size in reversed(TILE_TOKENS) for form in ("whole", "shared")
     ]
+    clusters = fitting(TILE_TOKENS[-1], "cluster", group, limit)
+    if 2 * clusters.tiles(row_blocks, tokens) <= processors:
+        tilings.append(clusters)
     return min(tilings, key=lambda t: _cost(t, t.tiles(row_blocks, tokens), columns, processors))
 
 
 def _cost(tiling: ManyTiling, tiles: int, columns: int, processors: int) -> float:
-    """How many microseconds it takes, whole or shared, fitted to what an H200 took (docs/kernels.md)."""
+    """How many microseconds it takes, fitted to what an H200 took (docs/kernels.md)."""
     step, join = (1.25, 3.5) if tiling.tokens == 256 else (0.75, 1.75)
     if tiling.form == "whole":
         return -(-tiles // processors) * (step * columns + 1.5) + 1.5
+    if tiling.form == "cluster":
+        return step * -(-columns // 2) + 6.5
     # Blocks are at different channels, so that less of what they read is in the cache for the others.
     step *= 1.1
     if 2 * tiles <= processors:

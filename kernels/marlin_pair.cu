@@ -39,8 +39,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 
   if (threadIdx.x >= CONSUMERS) {
     give_registers<40>();
-    const int copier = (threadIdx.x - CONSUMERS) >> 5;
-    if (threadIdx.x & 31 || copier == COPIERS) return;
+    const int copier = uniform((threadIdx.x - CONSUMERS) >> 5);
+    if (copier == COPIERS || !elected()) return;
     const u32 bytes = copier ? X_HALF : BLOCK_BYTES;
     const u32 to = shared_address(ring) + (copier ? (copier - 1) * X_HALF : 2 * X_HALF);
     const u8* from = packed + (long(block) * k_blocks + k0) * BLOCK_BYTES;

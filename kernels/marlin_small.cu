@@ -32,6 +32,7 @@ extern __shared__ __align__(128) u8 shared[];
 
 #if HOPPER
 #include "marlin_bulk.cuh"
+constexpr int PIECES = (OWN + 6) / 4;  // blocks of 64 rows that those strips are of
 #endif
 
 // A weight: its rows begin at strip `first` of all, a multiple of four, and `n` of them count. Bias and residual may be
@@ -73,7 +74,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     small(const u16* __restrict__ x, const __grid_constant__ Weights weights, float* __restrict__ partials,
           int all_tokens, int all_strips, int k_blocks, int k) {
 #endif
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+#if HOPPER
+  const int warp = uniform(threadIdx.x >> 5);
+#else
+  const int warp = threadIdx.x >> 5;
+#endif
+  const int lane = threadIdx.x & 31;
   const int rank = blockIdx.x % SPLIT, strip0 = blockIdx.x / SPLIT * (OWN * ROUNDS);
   const int rounds = min(ROUNDS, (all_strips - strip0 + OWN - 1) / OWN);
   const int k0 = rank * k_blocks / SPLIT, k1 = (rank + 1) * k_blocks / SPLIT;
@@ -89,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 
   const int first = k0 + warp;
   const Position start = {first < k1 ? 0 : rounds, first};
-  Position ahead = start, ahead_x = start;
+  Position ahead = start;
 
   auto strip_at = [&](const Position& p, int s) {
     const int strip = min(strip0 + p.round * OWN + (GATED ? s % OWN : s), all_strips - 1);
@@ -108,23 +114,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   };
 #if HOPPER
   const u32 full = shared_address(rings) - 1024 + warp * DEPTH * 8;
+  // By the elected lane of a warp.
   auto fill_x = [&](int slot, const Position& p) {
-    if (p.round >= rounds || lane >= 2) return;
-    copy_tensor(shared_address(x_ring + slot * X_BYTES + lane * X_HALF), &x, p.kb * 128 + lane * 64,
-                token0, full + 8 * slot);
+    if (p.round >= rounds) return;
+    const u32 to = shared_address(x_ring + slot * X_BYTES), barrier = full + 8 * slot;
+    copy_tensor(to, &x, p.kb * 128, token0, barrier);
+    copy_tensor(to + X_HALF, &x, p.kb * 128 + 64, token0, barrier);
   };
   auto fill_weights = [&](int slot, const Position& p) {
     if (p.round >= rounds) return;
     const u32 to = shared_address(ring + slot * WEIGHT_BYTES), barrier = full + 8 * slot;
-    // Strips of the same block are contiguous: each lane copies those of one block.
     const int begin = strip0 + p.round * OWN, end = min(begin + OWN, all_strips);
-    if (lane == 0) expect(barrier, u32(end - begin) * STRIP_BYTES * (GATED ? 2 : 1) + box * 256);
-    __syncwarp();
-    const int block = (begin >> 2) + (GATED ? lane & 15 : lane);
-    const int from = max(begin, block * 4), until = min(end, block * 4 + 4);
-    if (from < until) {
-      const int s = from - begin + (GATED ? (lane >> 4) * OWN : 0);
-      copy_bulk(to + s * STRIP_BYTES, strip_at(p, s), u32(until - from) * STRIP_BYTES, barrier);
+    expect(barrier, u32(end - begin) * STRIP_BYTES * (GATED ? 2 : 1) + box * 256);
+    // Strips of the same block are contiguous.
+#pragma unroll
+    for (int piece = 0; piece < PIECES; ++piece) {
+      const int block = (begin >> 2) + piece, from = max(begin, block * 4), until = min(end, block * 4 + 4);
+      if (from >= until) continue;
+#pragma unroll
+      for (int s = from - begin, i = 0; i < (GATED ? 2 : 1); ++i, s += OWN)
+        copy_bulk(to + s * STRIP_BYTES, strip_at(p, s), u32(until - from) * STRIP_BYTES, barrier);
     }
   };
   if (lane == 0) {
@@ -153,21 +162,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     }
   };
 #endif
-  for (int i = 0; i < DEPTH; ++i) {
-    fill_weights(i, ahead);
-    ahead.advance(first, k1);
-#if !HOPPER
-    fill_x(i, ahead_x);
-    ahead_x.advance(first, k1);
-    commit_copies();
-#endif
-  }
 #if HOPPER
+  if (elected()) {
+    Position p = start;
+    for (int i = 0; i < DEPTH; ++i, p.advance(first, k1)) fill_weights(i, p);
+  }
   let_next_begin();
   wait_for_previous();
-  for (int i = 0; i < DEPTH; ++i) {
-    fill_x(i, ahead_x);
-    ahead_x.advance(first, k1);
+  if (elected()) {
+    Position p = start;
+    for (int i = 0; i < DEPTH; ++i, p.advance(first, k1)) fill_x(i, p);
+  }
+  for (int i = 0; i < DEPTH; ++i) ahead.advance(first, k1);
+#else
+  for (int i = 0; i < DEPTH; ++i, ahead.advance(first, k1)) {
+    fill_weights(i, ahead);
+    fill_x(i, ahead);
+    commit_copies();
   }
 #endif
 
@@ -184,9 +195,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #endif
       multiply<NT, STRIPS>(sums, ring + slot * WEIGHT_BYTES, shared_address(x_ring + slot * X_BYTES), X_HALF, tokens, lane);
       __syncwarp();
+#if HOPPER
+      if (elected()) {
+        fill_weights(slot, ahead);
+        fill_x(slot, ahead);
+      }
+#else
       fill_weights(slot, ahead);
       fill_x(slot, ahead);
-#if !HOPPER
       commit_copies();
 #endif
       ahead.advance(first, k1);

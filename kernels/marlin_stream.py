@@ -26,7 +26,7 @@ from awqc.kernels.marlin_join import join, join_launch
 #: Bytes of shared memory at the start of a streaming block: for its alignment, and for its barriers.
 _BARRIERS = 2048
 #: Whether sums of 32 activations are one product with ones rather than two: ``TURNED`` of marlin_block.cuh.
-TURNED = 0
+TURNED = 1
 #: ``Weight`` of marlin_small.cu: packed, bias, residual, y, first strip, rows.
 _WEIGHT = struct.Struct("@PPPPii")
 #: Channels of a row of 128 bytes, which is what copies swizzle.

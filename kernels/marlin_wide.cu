@@ -50,8 +50,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   if (threadIdx.x >= CONSUMERS) {
     give_registers<FEW_REGISTERS>();
     // One thread of each warp: copies are issued one at a time, and four threads wait for four of them at once.
-    const int copier = (threadIdx.x - CONSUMERS) >> 5;
-    if (threadIdx.x & 31) return;
+    const int copier = uniform((threadIdx.x - CONSUMERS) >> 5);
+    if (!elected()) return;
     const bool weights = copier < BLOCKS, activations = copier >= X_COPIERS && copier < X_COPIERS + 2;
     const int half = copier - X_COPIERS;
     const u32 weight_bytes = weights && block0 + copier < row_blocks ? BLOCK_BYTES : 0;

@@ -17,6 +17,9 @@ static std::map<u32, Phases> phases;
   std::abort();
 }
 
+static bool elected() { return threadIdx.x % 32 == 0; }
+static int uniform(int value) { return value; }
+
 static void init_barrier(u32 barrier, u32 arrivals) { phases[barrier] = {int(arrivals), int(arrivals), 0, 0}; }
 static void publish_barriers() {}
 static void let_next_begin() {}

@@ -54,8 +54,8 @@ def test_the_order_is_the_one_described(group_size: int, group: int) -> None:
         lane = r % 8 * 4 + c % 8 // 2
         at = c // 64 * 512 + lane * 16 + c % 64 // 16 * 4
         word = int.from_bytes(bytes(strip[at : at + 4].tolist()), "little")
-        position = r // 8 + 2 * (c % 16 // 8) + 4 * (c % 2)
-        bit = (6 + 4 * position) % 32
+        register = r // 8 + 2 * (c % 16 // 8)
+        bit = 16 * (c % 2) + (6, 10, 14, 2)[register]
         rotated = (word >> bit | word << 32 - bit) & 15
         assert rotated == codes[row, channel]
         pair = 2 * (c // group * 8 + r % 8) + r // 8
