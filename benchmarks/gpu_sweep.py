@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_sweep.py --out sweep.csv --kernels marlin wide wide-bf16 exllama triton
 
-For every kernel, number of tokens and shape all configurations worth trying are timed as in ``kernels.py``.
-The tables at the end say for each number of tokens what ships, the best for each shape, and the best for all
-(geometric mean of the times over that of the best for each shape). Side processes compile everything first.
+For every kernel, number of tokens and shape all configurations worth trying are timed in turns, as in
+``kernels.py``. The tables at the end say for each number of tokens what ships, the best for each shape, and
+the best for all (geometric mean of the times over that of the best for each shape). Side processes compile
+everything first.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from awqc.kernels.exllama_block import Block
 from awqc.kernels.qlinear_exllama import ExLlama
 from awqc.kernels.qlinear_marlin import Marlin
 from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight
-from kernels import GROUP, SHAPES, per_call, repeated, rotation, weight_of
+from kernels import GROUP, SHAPES, Captured, medians, repeated, rotation, weight_of
 
 TOKENS = {
     "marlin": (16, 8, 1),
@@ -115,12 +116,16 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
                 found[pair] = None
                 break
         for row_blocks, split in product((2, 4) if tokens <= 64 else (2,), (1, 2, 4, 8)):
-            for stages in (8, 6, 5, 4, 3, 2):
-                wide = marlin_wide.WideTiling(tokens, split, stages, row_blocks)
-                if wide.shared_bytes(GROUP) <= LIMIT:
-                    if wide.blocks(rows, m) <= 2 * 132:
-                        found[wide] = None
-                    break
+            fitting = [
+                wide
+                for stages in (8, 6, 5, 4, 3, 2)
+                if (wide := marlin_wide.WideTiling(tokens, split, stages, row_blocks)).shared_bytes(GROUP)
+                <= LIMIT
+            ]
+            # More copies under way are not always better.
+            for wide in fitting[:1] + (fitting[2:4] if tokens <= 64 else []):
+                if wide.blocks(rows, m) <= 2 * 132:
+                    found[wide] = None
     return [Candidate(tiling) for tiling in found]
 
 
@@ -193,6 +198,7 @@ class Problem:
         self.main = next(iter(self.tensors))
         packed = self.tensors[self.main]
         self.copies = rotation(packed.clone, packed.nbytes)
+        self.cublas: list[Tensor] = []
         self.dtype = torch.bfloat16 if kernel.endswith("bf16") else torch.float16
 
     def dense(self) -> Tensor:
@@ -228,19 +234,21 @@ class Problem:
             return marlin_pair.multiply(candidate.config, *arguments)
         return marlin_wide.multiply(*arguments)
 
-    def time(self, m: int, candidate: Candidate, once: bool) -> float | str:
-        """Microseconds a call, or why there are none; with ``once`` it is only compiled and run."""
+    def captured(self, m: int, candidate: Candidate, once: bool) -> Captured | str | None:
+        """Calls of a candidate, or why there are none; with ``once`` it is only compiled and run."""
         x = torch.randn(m, self.k, device="cuda").to(self.dtype)
         copies = self.copies
         if candidate.config == Route("cublas"):
-            copies = rotation(self.dense, self.n * self.k * 2)[: 1 if once else None]
+            if not self.cublas:
+                self.cublas = rotation(self.dense, self.n * self.k * 2)[: 1 if once else None]
+            copies = self.cublas
         try:
             with chosen(candidate):
                 if once:
                     self.call(x, copies[0], candidate)
-                    return 0.0
+                    return None
                 calls = [functools.partial(self.call, x, w, candidate) for w in repeated(copies)]
-                return per_call(calls, replays=5)
+                return Captured(calls)
         except Exception as error:
             if isinstance(error, KeyboardInterrupt) or "CUDA error" in str(error):
                 raise
@@ -278,7 +286,7 @@ def warmed(options: argparse.Namespace) -> None:
             if (n, k) not in problems:
                 problems = {(n, k): Problem(kernel, n, k)}
                 problems[n, k].copies = problems[n, k].copies[:1]
-            problems[n, k].time(m, candidate, once=True)
+            problems[n, k].captured(m, candidate, once=True)
 
 
 def best_for_all(rows: list[dict[str, Any]], kernel: str, m: int) -> list[tuple[float, str]]:
@@ -351,14 +359,19 @@ def main() -> None:
             for m in TOKENS[kernel]:
                 now = time.monotonic()
                 share, left = now + (options.seconds - (now - began)) / left, left - 1
-                for i, candidate in enumerate(CANDIDATES[kernel](n, k, m)):
-                    if i and time.monotonic() > share:
+                graphs: dict[Candidate, Captured] = {}
+                candidates = CANDIDATES[kernel](n, k, m)
+                for candidate in candidates:
+                    if graphs and time.monotonic() > share:
                         break
-                    us = problem.time(m, candidate, once=False)
-                    if isinstance(us, str):
-                        print(f"{kernel} {n}x{k} M={m} {candidate}: {us}")
-                        continue
-                    entry = {"kernel": kernel, "n": n, "k": k, "m": m, "us": round(us, 2), "ships": i == 0}
+                    found = problem.captured(m, candidate, once=False)
+                    if isinstance(found, Captured):
+                        graphs[candidate] = found
+                    else:
+                        print(f"{kernel} {n}x{k} M={m} {candidate}: {found}")
+                for candidate, us in zip(graphs, medians(list(graphs.values()), 5), strict=True):
+                    ships = candidate is candidates[0]
+                    entry = {"kernel": kernel, "n": n, "k": k, "m": m, "us": round(us, 2), "ships": ships}
                     rows.append({**entry, "config": str(candidate)})
             del problem
             torch.cuda.empty_cache()

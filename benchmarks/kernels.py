@@ -3,8 +3,9 @@
     python benchmarks/kernels.py --out kernels.csv
 
 Times are medians per call inside a CUDA graph whose calls go round copies of the weight, more bytes of them
-than the L2 cache holds several times over. The floor is a kernel that reads the packed bytes and does nothing
-else, timed the same way. Errors are relative to a float32 product, from the same run.
+than the L2 cache holds several times over. All that multiply the same shape take turns, so that the clock,
+which depends on what ran before, is the same for all. The floor is a kernel that reads the packed bytes and
+does nothing else, timed the same way. Errors are relative to a float32 product, from the same run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -49,27 +50,39 @@ class Row:
     error: float
 
 
-def per_call(calls: list[Callable[[], object]], replays: int = 9) -> float:
-    """Microseconds per call, the median of ``replays`` replays of one graph of all ``calls``."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
+class Captured:
+    """Calls as a CUDA graph."""
+
+    def __init__(self, calls: list[Callable[[], object]]) -> None:
+        self.calls = calls  # and with them what they read
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
                 call()
-        graph.replay()
-        times = []
-        for _ in range(replays):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph, stream=stream):
+                for call in calls:
+                    call()
+
+    def events(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Start and end of a replay that is now under way."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        end.record()
+        return start, end
+
+
+def medians(graphs: list[Captured], rounds: int = 9) -> list[float]:
+    """Microseconds per call of each, the median of ``rounds`` replays; the graphs take turns."""
+    times = []
+    for _ in range(rounds + 1):  # the first is not counted
+        events = [graph.events() for graph in graphs]
+        torch.cuda.synchronize()
+        times.append([start.elapsed_time(end) for start, end in events])
+    each = zip(*times[1:], strict=True)
+    return [statistics.median(own) * 1e3 / len(graph.calls) for own, graph in zip(each, graphs, strict=True)]
 
 
 def rotation(make: Callable[[], Tensor], size: int) -> list[Tensor]:
@@ -94,66 +107,76 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def measure(
-    n: int, k: int, tokens: Iterable[int], dtypes: Iterable[str], only: set[str] | None
-) -> Iterable[Row]:
-    """Every kernel on one shape, and cuBLAS."""
-    codes, scales, zeros = weight_of(n, k)
-    dense = dequantize(codes, scales, zeros, GROUP)
-    size = n * k // 2 + scales.numel() * 2 + scales.numel() // 2
-    least = 1e6 * streaming_seconds(size, torch.device("cuda", torch.cuda.current_device()))
-    packs = {}
-    for name, kernel in kernels("qlinear").items():
-        legal = kernel.legal(n, k, 4, GROUP, torch.float16, torch.device("cuda", 0))
-        if legal is None and (only is None or name.lower() in only):
-            tensors, constants = kernel.pack(codes, scales, zeros, None, 4, GROUP)
-            main = next(
-                key for key, t in tensors.items() if t is not None and t.numel() * t.itemsize > size / 2
-            )
-            copies = rotation(tensors[main].clone, size)
-            packs[name] = (kernel.op, tensors, main, copies, constants)
-    cublas = rotation(partial(dense.to, torch.bfloat16, copy=True), n * k * 2)
-    for m in tokens:
-        x32 = torch.randn(m, k, device="cuda")
-        reference: dict[str, float] = {}
-        for dtype_name in ("bf16", *(d for d in dtypes if d != "bf16")):
-            dtype = DTYPES[dtype_name]
-            x = x32.to(dtype)
-            expected = F.linear(x.float(), dense)
+@dataclass(frozen=True)
+class Entry:
+    """What one kernel computes, and its calls."""
 
-            def row(
-                kernel: str, us: float, found: Tensor, e: Tensor = expected, m: int = m, r: dict = reference
-            ) -> Row:
-                return Row(
-                    kernel=kernel,
-                    n=n,
-                    k=k,
-                    m=m,
-                    us=round(us, 2),
-                    over_floor=round(us / least, 3),
-                    over_cublas_bf16=round(us / r.get("cublas", us), 3),
-                    gbps=round(size / us / 1e3, 1),
-                    tflops=round(2 * n * k * m / us / 1e6, 1),
-                    error=float(f"{relative_error(found, e):.2e}"),
-                )
+    name: str
+    graph: Captured
+    error: float
 
-            if dtype_name == "bf16" or "fp16" in dtypes:
-                weights = cublas if dtype_name == "bf16" else [w.to(dtype) for w in cublas]
-                us = per_call([partial(F.linear, x, w) for w in repeated(weights)])
-                reference.setdefault("cublas", us)
-                yield row(f"cublas-{dtype_name}", us, F.linear(x, dense.to(dtype)))
-                del weights
-            if dtype_name not in dtypes:
+
+class Shape:
+    """A weight ``(n, k)`` as every kernel wants it, and as cuBLAS does."""
+
+    def __init__(self, n: int, k: int, only: set[str] | None) -> None:
+        self.n, self.k = n, k
+        codes, scales, zeros = weight_of(n, k)
+        self.dense = dequantize(codes, scales, zeros, GROUP)
+        self.size = n * k // 2 + scales.numel() * 2 + scales.numel() // 2
+        self.floor = 1e6 * streaming_seconds(self.size, torch.device("cuda", torch.cuda.current_device()))
+        self.packs = {}
+        for name, kernel in kernels("qlinear").items():
+            legal = kernel.legal(n, k, 4, GROUP, torch.float16, torch.device("cuda", 0))
+            if legal is None and (only is None or name.lower() in only):
+                tensors, constants = kernel.pack(codes, scales, zeros, None, 4, GROUP)
+                sizes = {key: t.numel() * t.itemsize for key, t in tensors.items() if t is not None}
+                main = next(key for key, bytes_ in sizes.items() if bytes_ > self.size / 2)
+                copies = rotation(tensors[main].clone, self.size)
+                self.packs[name] = (kernel.op, tensors, main, copies, constants)
+        self.weights = {
+            name: rotation(partial(self.dense.to, dtype, copy=True), n * k * 2)
+            for name, dtype in DTYPES.items()
+        }
+
+    def entries(self, m: int, dtypes: Iterable[str]) -> Iterator[Entry]:
+        """All that multiply ``m`` tokens; cuBLAS in bfloat16 first."""
+        x32 = torch.randn(m, self.k, device="cuda")
+        for name in ("bf16", *(d for d in dtypes if d != "bf16")):
+            x = x32.to(DTYPES[name])
+            expected = F.linear(x.float(), self.dense)
+            found = F.linear(x, self.weights[name][0])
+            graph = Captured([partial(F.linear, x, w) for w in repeated(self.weights[name])])
+            yield Entry(f"cublas-{name}", graph, relative_error(found, expected))
+            if name not in dtypes:
                 continue
-            for name, (op, tensors, main, copies, constants) in packs.items():
+            for kernel, (op, tensors, main, copies, constants) in self.packs.items():
 
                 def call(w: Tensor, op=op, tensors=tensors, main=main, constants=constants, x=x) -> Tensor:
                     return op(x, *({**tensors, main: w}).values(), *constants)
 
                 found = call(copies[0])
-                same = torch.equal(found, call(copies[-1]))
-                us = per_call([partial(call, w) for w in repeated(copies)])
-                yield row(f"{name.lower()}-{dtype_name}" + ("" if same else "-UNSTABLE"), us, found)
+                same = "" if torch.equal(found, call(copies[-1])) else "-UNSTABLE"
+                graph = Captured([partial(call, w) for w in repeated(copies)])
+                yield Entry(f"{kernel.lower()}-{name}{same}", graph, relative_error(found, expected))
+
+    def rows(self, m: int, dtypes: Iterable[str]) -> Iterator[Row]:
+        """Measurements of ``m`` tokens."""
+        entries = list(self.entries(m, dtypes))
+        times = medians([entry.graph for entry in entries])
+        for entry, us in zip(entries, times, strict=True):
+            yield Row(
+                kernel=entry.name,
+                n=self.n,
+                k=self.k,
+                m=m,
+                us=round(us, 2),
+                over_floor=round(us / self.floor, 3),
+                over_cublas_bf16=round(us / times[0], 3),
+                gbps=round(self.size / us / 1e3, 1),
+                tflops=round(2 * self.n * self.k * m / us / 1e6, 1),
+                error=float(f"{entry.error:.2e}"),
+            )
 
 
 def clocks() -> str:
@@ -180,12 +203,13 @@ def main() -> None:
     for shape in options.shapes:
         n, k = map(int, shape.split("x"))
         only = set(options.kernels) if options.kernels else None
-        for row in measure(n, k, options.tokens, options.dtypes, only):
-            if not rows or (rows[-1].n, rows[-1].k) != (n, k):
-                print(f"\n{n}x{k}: floor {row.us / row.over_floor:.2f} us; {clocks()}")
-                print("  ".join(f"{c:>16}" for c in columns if c not in "nk"))
+        problem = Shape(n, k, only)
+        print(f"\n{n}x{k}: floor {problem.floor:.2f} us; {clocks()}")
+        print("  ".join(f"{c:>16}" for c in columns if c not in "nk"))
+        for row in (row for m in options.tokens for row in problem.rows(m, options.dtypes)):
             print("  ".join(f"{v:>16}" for c, v in asdict(row).items() if c not in "nk"))
             rows.append(row)
+        del problem
         torch.cuda.empty_cache()
     print(f"\n{clocks()}; {time.time() - begin:.0f} s")
     if options.summary:

@@ -27,6 +27,7 @@ constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels
 constexpr int X_BYTES = 2 * X_HALF;
 constexpr int OWN = GATED ? STRIPS / 2 : STRIPS;  // strips of results that a block works on at a time
 constexpr int RING_BYTES = WARPS * DEPTH * (X_BYTES + WEIGHT_BYTES);
+constexpr int PART_BYTES = WARPS * TOKENS * ROW * 4;
 
 extern __shared__ __align__(128) u8 shared[];
 
@@ -89,7 +90,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   u8* rings = shared + ((1023u - (shared_address(shared) - 1u) % 1024u)) + 1024;
   u8* x_ring = rings + warp * DEPTH * X_BYTES;
   u8* ring = rings + WARPS * DEPTH * X_BYTES + warp * DEPTH * WEIGHT_BYTES;
-  const int part_bytes = WARPS * tokens * ROW * 4;
   // With one round, the rings have done their work when sums are joined.
   float* parts = reinterpret_cast<float*>(rings + (ROUNDS == 1 ? 0 : RING_BYTES));
 
@@ -98,7 +98,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   Position ahead = start;
 
   auto strip_at = [&](const Position& p, int s) {
-    const int strip = min(strip0 + p.round * OWN + (GATED ? s % OWN : s), all_strips - 1);
+    const int round = ROUNDS == 1 ? 0 : p.round;
+    const int strip = min(strip0 + round * OWN + (GATED ? s % OWN : s), all_strips - 1);
     const Weight& weight = GATED ? weights.of[s / OWN] : weight_of(weights, strip);
     const int own = GATED ? strip : strip - weight.first;
     return weight.packed + ((long(own >> 2) * k_blocks + p.kb) * 4 + (own & 3)) * STRIP_BYTES;
@@ -124,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   auto fill_weights = [&](int slot, const Position& p) {
     if (p.round >= rounds) return;
     const u32 to = shared_address(ring + slot * WEIGHT_BYTES), barrier = full + 8 * slot;
-    const int begin = strip0 + p.round * OWN, end = min(begin + OWN, all_strips);
+    const int begin = strip0 + (ROUNDS == 1 ? 0 : p.round * OWN), end = min(begin + OWN, all_strips);
     expect(barrier, u32(end - begin) * STRIP_BYTES * (GATED ? 2 : 1) + box * 256);
     // Strips of the same block are contiguous.
 #pragma unroll
@@ -209,22 +210,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       if (++slot == DEPTH) slot = 0, parity ^= 1;
     }
     if (ROUNDS == 1 || round) __syncthreads();  // `parts` is free
-    float* own = parts + warp * tokens * ROW;
+    // Of tokens that there are not, too: what is constant costs one instruction a sum.
+    float* own = parts + (warp * TOKENS + (lane & 3) * 2) * ROW + (lane >> 2);
 #pragma unroll
     for (int strip = 0; strip < STRIPS; ++strip)
 #pragma unroll
       for (int t = 0; t < NT; ++t)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = t * 8 + (lane & 3) * 2 + (i & 1);
-          if (token < tokens) own[token * ROW + strip * 16 + (i >> 1) * 8 + (lane >> 2)] = sums[strip][t][i];
-        }
+        for (int i = 0; i < 4; ++i) own[(t * 8 + (i & 1)) * ROW + strip * 16 + (i >> 1) * 8] = sums[strip][t][i];
     __syncthreads();
 #if HOPPER && SPLIT > 1
     if (round == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all ranks have started
     const int per_rank = (tokens * ROWS / 16 + 2 * SPLIT - 1) / (2 * SPLIT) * 32;
     float* gathered =
-        reinterpret_cast<float*>(rings + (ROUNDS == 1 ? max(RING_BYTES, part_bytes) : RING_BYTES + part_bytes));
+        reinterpret_cast<float*>(rings + (ROUNDS == 1 ? max(RING_BYTES, PART_BYTES) : RING_BYTES + PART_BYTES));
 #endif
 #if GATED
     for (int e = threadIdx.x; e < tokens * OWN * 16; e += WARPS * 32) {
@@ -232,8 +231,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       float gate = 0.f, up = 0.f;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) {
-        gate += parts[(w * tokens + token) * ROW + e % (OWN * 16)];
-        up += parts[(w * tokens + token) * ROW + OWN * 16 + e % (OWN * 16)];
+        gate += parts[(w * TOKENS + token) * ROW + e % (OWN * 16)];
+        up += parts[(w * TOKENS + token) * ROW + OWN * 16 + e % (OWN * 16)];
       }
       finish(token, row, gate / (1.f + __expf(-gate)) * up);
     }
@@ -243,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       [[maybe_unused]] const int row = (strip0 + round * STRIPS) * 16 + e % ROWS;
       float sum = 0.f;
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += parts[(w * tokens + token) * ROW + e % ROWS];
+      for (int w = 0; w < WARPS; ++w) sum += parts[(w * TOKENS + token) * ROW + e % ROWS];
 #if SPLIT == 1
       finish(token, row, sum);
 #elif HOPPER

@@ -62,7 +62,7 @@ class Tiling:
         activations = tile_tokens(tokens) * 2 * layout.CHANNELS
         ring = self.warps * self.depth * (self.strips * layout.strip_bytes(group) + activations)
         rows = self.strips * _STRIP_ROWS
-        parts = self.warps * tokens * (rows + 4) * 4
+        parts = self.warps * tile_tokens(tokens) * (rows + 4) * 4
         per_rank = -(-tokens * rows // (32 * self.split)) * 32
         gathered = self.split * self.rounds * per_rank * 4 if self.split > 1 else 0
         return _BARRIERS + (max(ring, parts) if self.rounds == 1 else ring + parts) + gathered
