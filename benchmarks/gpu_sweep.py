@@ -110,11 +110,9 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
     for tokens in marlin_wide.TILE_TOKENS:
         if tokens > 2 * m or m > 4 * tokens:
             continue
-        for stages in (8, 6, 5, 4, 3, 2):
-            pair = marlin_pair.PairTiling(tokens, stages)
-            if pair.shared_bytes(GROUP) <= LIMIT:
-                found[pair] = None
-                break
+        pairs = [marlin_pair.PairTiling(tokens, stages) for stages in (8, 6, 5, 4, 3, 2)]
+        pairs = [pair for pair in pairs if pair.shared_bytes(GROUP) <= LIMIT]
+        found |= dict.fromkeys(pairs[:1] + pairs[2:4])
         for row_blocks, split in product((2, 4) if tokens <= 64 else (2,), (1, 2, 4, 8)):
             fitting = [
                 wide
@@ -123,7 +121,7 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
                 <= LIMIT
             ]
             # More copies under way are not always better.
-            for wide in fitting[:1] + (fitting[2:4] if tokens <= 64 else []):
+            for wide in fitting[:1] + fitting[2:4]:
                 if wide.blocks(rows, m) <= 2 * 132:
                     found[wide] = None
     return [Candidate(tiling) for tiling in found]
@@ -259,6 +257,7 @@ def warm(options: argparse.Namespace) -> None:
     """Let side processes compile everything into the caches on disk."""
     count = min(14, os.cpu_count() or 1)
     command = [sys.executable, __file__, "--kernels", *options.kernels]
+    command += ["--shapes", *options.shapes]
     command += ["--tokens", *map(str, options.tokens)] if options.tokens else []
     processes = [subprocess.Popen([*command, "--warm", f"{i}/{count}"]) for i in range(count)]
     last = time.monotonic() + options.warm_seconds
@@ -338,6 +337,7 @@ def shipped_tables(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kernels", nargs="*", default=list(TOKENS), choices=list(TOKENS))
+    parser.add_argument("--shapes", nargs="*", default=[f"{n}x{k}" for n, k in SHAPES])
     parser.add_argument("--tokens", nargs="*", type=int, help="of those that a kernel is made for")
     parser.add_argument("--seconds", type=float, default=90, help="stop timing after so long")
     parser.add_argument("--warm-seconds", type=float, default=45, help="stop compiling after so long")
@@ -345,6 +345,7 @@ def main() -> None:
     parser.add_argument("--out", help="CSV file")
     parser.add_argument("--configs", help="JSON file, as kernels/configs_<device>.json, from what was found")
     options = parser.parse_args()
+    SHAPES[:] = [tuple(map(int, shape.split("x"))) for shape in options.shapes]  # type: ignore[misc]
     if options.tokens:
         for kernel, tokens in TOKENS.items():
             TOKENS[kernel] = tuple(m for m in tokens if m in options.tokens)

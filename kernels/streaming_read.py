@@ -25,20 +25,27 @@ def streaming_seconds(size: int, device: torch.device) -> float:
     On NVIDIA's GPUs a kernel that does nothing else (``streaming_read.cu``), in a CUDA graph; elsewhere the
     fastest of torch's reductions.
     """
-    count = max(2, -(-ROTATED // size))
-    copies = [torch.ones(size // 16 * 2, dtype=torch.int64, device=device) for _ in range(count)]
+    copies = copies_to_read(size, device)
     if device.type == "cuda" and torch.version.hip is None:
-        return _on_cuda(copies)
+        calls = max(20, len(copies))
+        return min(graph_milliseconds(read, calls) / calls / 1e3 for read in reads_on_cuda(copies))
     return _by_reduction(copies)
 
 
-def _on_cuda(copies: list[Tensor]) -> float:
+def copies_to_read(size: int, device: torch.device) -> list[Tensor]:
+    """Tensors of ``size`` bytes, more of them than a cache holds."""
+    count = max(2, -(-ROTATED // size))
+    return [torch.ones(size // 16 * 2, dtype=torch.int64, device=device) for _ in range(count)]
+
+
+def reads_on_cuda(copies: list[Tensor]) -> list[Callable[[int], None]]:
+    """Ways of reading the i-th of ``copies`` (modulo their number) and nothing else."""
     device = copies[0].device
     at = hardware(device)
     assert at.capability is not None
     arch = architecture(at.capability)
     found = torch.zeros(1, dtype=torch.int32, device=device)
-    best = float("inf")
+    ways: list[Callable[[int], None]] = []
     for unroll in (4, 8):
         cubin = compile_source(read_source(_SOURCE), arch, {"UNROLL": unroll}, name=_SOURCE)
         read = CudaKernel(cubin, "read_all", "PPq", device.index or 0)
@@ -49,9 +56,8 @@ def _on_cuda(copies: list[Tensor]) -> float:
                 arguments = (copy.data_ptr(), found.data_ptr(), copy.nbytes // 16)
                 read.launch((at.processors * blocks,), (_THREADS,), arguments)
 
-            calls = max(20, len(copies))
-            best = min(best, graph_milliseconds(run, calls) / calls / 1e3)
-    return best
+            ways.append(run)
+    return ways
 
 
 def _by_reduction(copies: list[Tensor]) -> float:
