@@ -66,13 +66,12 @@ class Route:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration; ``macros`` select a variant of the source."""
+    """A configuration."""
 
     config: Any
-    macros: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in (*vars(self.config).items(), *self.macros))
+        return " ".join(f"{name}={value}" for name, value in vars(self.config).items())
 
 
 def streams(n: int, k: int, m: int) -> list[Candidate]:
@@ -80,22 +79,14 @@ def streams(n: int, k: int, m: int) -> list[Candidate]:
     rows, columns = -(-n // 64), -(-k // 128)
     found = {marlin_stream.tile(rows, columns, m, GROUP, 132, LIMIT): None}
     # Sums of a strip, and of a group of it, are 8 registers for every 8 tokens: at most half of all.
-    most = 16 // -(-m // 8)
-    for split, warps in product((1, 2, 4, 8), (4, 8, 16)):
-        share = -(-rows * 4 // (132 // split))
-        for rounds in {-(-share // most), -(-share // 4)}:
-            at_once = -(-share // rounds)
-            if warps * at_once > 64:
-                continue
-            for depth in (4, 3, 2, 1):
-                tiling = marlin_stream.Tiling(warps, at_once, rounds, split, depth)
-                if tiling.shared_bytes(m, GROUP) <= LIMIT:
-                    found[tiling] = None
-                    if depth < 3:
-                        break
-    # The other way of summing activations, for what ships alone.
-    other = Candidate(next(iter(found)), (("TURNED", 1 - marlin_stream.TURNED),))
-    return [*(Candidate(tiling) for tiling in found), other]
+    most, share = 16 // -(-m // 8), -(-rows * 4 // 132)
+    for warps, rounds in product((4, 8, 16), {-(-share // most), -(-share // 4)}):
+        at_once = -(-share // rounds)
+        for depth in (4, 3, 2, 1):
+            tiling = marlin_stream.Tiling(warps, at_once, rounds, depth)
+            if warps * at_once <= 64 and tiling.shared_bytes(m, GROUP) <= LIMIT:
+                found[tiling] = None
+    return [Candidate(tiling) for tiling in found]
 
 
 def wides(n: int, k: int, m: int) -> list[Candidate]:
@@ -172,15 +163,14 @@ CANDIDATES: dict[str, Callable[[int, int, int], list[Candidate]]] = {
 @contextmanager
 def chosen(candidate: Candidate) -> Iterator[None]:
     """Let the streaming and wide kernels be cut as ``candidate`` says, whatever the shape."""
-    kept = marlin_stream.tile, marlin_wide.tile, marlin_stream.TURNED
-    marlin_stream.tile = marlin_wide.tile = lambda *_: candidate.config  # type: ignore[assignment]
-    marlin_stream.TURNED = dict(candidate.macros).get("TURNED", marlin_stream.TURNED)
+    kept = marlin_stream.tile, marlin_wide.tile
+    marlin_stream.tile = marlin_wide.tile = lambda *_, **__: candidate.config  # type: ignore[assignment]
     marlin_stream.stream.cache_clear()
     marlin_wide.wide.cache_clear()
     try:
         yield
     finally:
-        marlin_stream.tile, marlin_wide.tile, marlin_stream.TURNED = kept
+        marlin_stream.tile, marlin_wide.tile = kept
         marlin_stream.stream.cache_clear()
         marlin_wide.wide.cache_clear()
 

@@ -98,20 +98,18 @@ def _connected() -> ctypes.CDLL | None:
     return library
 
 
-def plan(key: Sequence[int], function: int, blocks: int, threads: int, shared: int, cluster: int) -> None:
+def plan(key: Sequence[int], function: int, blocks: int, threads: int, shared: int) -> None:
     """Let calls of this kind be launched by the extension, if there is one.
 
     Args:
         key: device, activations in bfloat16, scales in bfloat16, group, gated, blocks of rows, blocks of
             channels, tokens.
         function: the driver's handle of the kernel.
-        blocks, threads, shared, cluster: of a launch.
+        blocks, threads, shared: of a launch.
     """
     library = _connected()
     if library is not None:
-        library.awqc_plan(
-            (ctypes.c_int64 * 8)(*key), ctypes.c_void_p(function), blocks, threads, shared, cluster
-        )
+        library.awqc_plan((ctypes.c_int64 * 8)(*key), ctypes.c_void_p(function), blocks, threads, shared)
 
 
 def main() -> int:

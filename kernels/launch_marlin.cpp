@@ -34,7 +34,7 @@ struct Config {
   Attribute* attributes;
   unsigned count;
 };
-constexpr int CLUSTER = 4, PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 constexpr int SWIZZLE_128_BYTES = 3, PROMOTE_256_BYTES = 3, HALF = 6, BFLOAT = 9;  // of tensor maps
 constexpr int64_t MOST_TOKENS = 16, MOST_DIMS = 8, STRIPS = 4, CHANNELS = 64;
 
@@ -46,7 +46,7 @@ int (*current_stream)(int32_t device, void** stream);
 
 struct Plan {
   void* function;
-  unsigned blocks, threads, shared, cluster;
+  unsigned blocks, threads, shared;
 };
 // Device, activations and scales in bfloat16, group, gated; blocks of rows and channels; tokens.
 using Key = std::array<int64_t, 8>;
@@ -135,8 +135,8 @@ std::optional<Tensor> launch(const Tensor& x, const Tensor& packed, const Tensor
   int counts[4] = {int(tokens), int(rows * STRIPS), int(columns), int(most)};
   void* parameters[] = {const_cast<Map*>(&map_of(address, tokens, k, most, bfloat)), weights, counts, counts + 1,
                         counts + 2, counts + 3};
-  Attribute attributes[2] = {{PROGRAMMATIC_STREAM_SERIALIZATION, 0, {1}}, {CLUSTER, 0, {plan.cluster, 1, 1}}};
-  Config config = {{plan.blocks, 1, 1}, {plan.threads, 1, 1}, plan.shared, nullptr, attributes, plan.cluster > 1 ? 2u : 1u};
+  Attribute attribute = {PROGRAMMATIC_STREAM_SERIALIZATION, 0, {1}};
+  Config config = {{plan.blocks, 1, 1}, {plan.threads, 1, 1}, plan.shared, nullptr, &attribute, 1};
   if (const int status = current_stream(device, &config.stream))
     throw std::runtime_error("no current stream: error " + std::to_string(status));
   if (const int status = launch_kernel(&config, plan.function, parameters, nullptr))
@@ -185,12 +185,11 @@ extern "C" void awqc_connect(void* launch, void* encode, void* device, void* str
   current_stream = reinterpret_cast<decltype(current_stream)>(stream);
 }
 
-extern "C" void awqc_plan(const int64_t* key, void* function, unsigned blocks, unsigned threads, unsigned shared,
-                          unsigned cluster) {
+extern "C" void awqc_plan(const int64_t* key, void* function, unsigned blocks, unsigned threads, unsigned shared) {
   Key own;
   std::memcpy(own.data(), key, sizeof own);
   std::unique_lock lock(plans_lock);
-  plans[own] = {function, blocks, threads, shared, cluster};
+  plans[own] = {function, blocks, threads, shared};
 }
 
 #ifndef DEVICE

@@ -1,9 +1,5 @@
 // The packed weight of kernels/marlin_layout.py, by strips of 16 rows and 128 input channels, on the tensor cores
-// through mma.sync. Macros: BF16 (activations), SCALE_BF16 (scales), GROUP (32, 64 or 128 channels), TURNED (see
-// multiply; 1 unless given).
-#ifndef TURNED
-#define TURNED 0
-#endif
+// through mma.sync. Macros: BF16 (activations), SCALE_BF16 (scales), GROUP (32, 64 or 128 channels).
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -79,17 +75,13 @@ __device__ __forceinline__ void load_x(u32 (&b)[4][NT][2], u32 x, int tokens, in
 // y += W x for S strips of weights; x and x + half_bytes are the activations of the halves of their 128 channels.
 // The product is taken with base + q; what that adds, (base + z) times the sum of the group's activations, is known
 // exactly and subtracted before the scale is applied. Strips take turns, so that no product waits for the last.
-// Sums of activations are a product with ones. With TURNED that has the activations as its first operand: what a lane has
-// of 32 channels of 8 tokens are the registers of the first operand for 16 rows, half of the channels of token r in row
-// r and half in row r + 8. One product for 32 channels instead of two, but sums come to other lanes.
+// Sums of activations are a product with ones that has the activations as its first operand: what a lane has of 32
+// channels of 8 tokens are the registers of the first operand for 16 rows, half of the channels of token r in row r and
+// half in row r + 8. So one product sums 32 channels, where ones first would take two, but sums come to other lanes.
 template <int NT, int S>
 __device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips, u32 x, int half_bytes, int tokens,
                                          int lane) {
-#if BF16
-  const u32 ones[4] = {0x3F803F80u, 0x3F803F80u, 0x3F803F80u, 0x3F803F80u};
-#else
-  const u32 ones[4] = {0x3C003C00u, 0x3C003C00u, 0x3C003C00u, 0x3C003C00u};
-#endif
+  const u32 ones[2] = {BF16 ? 0x3F803F80u : 0x3C003C00u, BF16 ? 0x3F803F80u : 0x3C003C00u};
   float sums[NT][4], acc[S][NT][4];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -121,15 +113,10 @@ __device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips,
       }
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
-#if TURNED
         const u32 pair[4] = {b[s & ~1][t][0], b[s & ~1][t][1], b[s | 1][t][0], b[s | 1][t][1]};
-        if (s & 1) mma(sums[t], pair, {ones[0], ones[0]});
-#else
-        mma(sums[t], ones, b[s][t]);
-#endif
+        if (s & 1) mma(sums[t], pair, ones);
       }
       if ((step + 1) % TILES) continue;
-#if TURNED
       // Lane l has the sums of token l / 4; it wants those of its columns of the product.
 #pragma unroll
       for (int t = 0; t < NT; ++t) {
@@ -137,7 +124,6 @@ __device__ __forceinline__ void multiply(float (&y)[S][NT][4], const u8* strips,
 #pragma unroll
         for (int i = 0; i < 2; ++i) sums[t][i] = sums[t][i + 2] = from_lane(own, (lane & 3) * 8 + i * 4);
       }
-#endif
 #pragma unroll
       for (int strip = 0; strip < S; ++strip) {
         const int pair = (step / TILES) * 8 + (lane >> 2);

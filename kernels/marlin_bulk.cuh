@@ -91,10 +91,6 @@ __device__ __forceinline__ u32 address_at_rank(u32 address, u32 rank) {
   return remote;
 }
 
-__device__ __forceinline__ void store_at_rank(float* p, u32 rank, float value) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_at_rank(shared_address(p), rank)), "f"(value) : "memory");
-}
-
 __device__ __forceinline__ void store2_at_rank(float* p, u32 rank, float first, float second) {
   asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};"
                ::"r"(address_at_rank(shared_address(p), rank)), "f"(first), "f"(second) : "memory");

@@ -1,16 +1,15 @@
 // y = the sum of SPLIT partial sums, in their order, + bias. Macros: BF16, SPLIT, WIDTH (elements of a thread, 1 or 4;
-// a row is a multiple of them), HOPPER (the launch is a dependent one).
+// a row is a multiple of them).
 #define SCALE_BF16 0
 #define GROUP 128
 #include "marlin_block.cuh"
+#include "marlin_bulk.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
     join(u16* __restrict__ y, const float* __restrict__ partials, const u16* __restrict__ bias, int elements, int n) {
   const int e = (blockIdx.x * 256 + threadIdx.x) * WIDTH;
-#if HOPPER
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  let_next_begin();
+  wait_for_previous();
   if (e >= elements) return;
   float part[SPLIT][WIDTH], sum[WIDTH] = {};
 #pragma unroll

@@ -1,4 +1,4 @@
-"""Partial sums of the marlin kernels joined in their order: ``marlin_join.cu``."""
+"""Partial sums of ``marlin_wide.cu`` joined in their order: ``marlin_join.cu``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from awqc.kernels.machine_code import CudaCode
 _THREADS = 256
 
 
-def join(out: Tensor, partials: Tensor, bias: Tensor | None, dependent: bool) -> None:
+def join(out: Tensor, partials: Tensor, bias: Tensor | None) -> None:
     """``out = partials.sum(0) + bias``, added first to last and rounded once.
 
     Args:
         out: ``(M, N)`` float16 or bfloat16, written.
         partials: ``(S, M, N)`` float32.
         bias: ``(N,)`` of the dtype of ``out``, or None.
-        dependent: let the launch begin before the kernel ahead has ended (compute capability 9.0 on).
     """
     split, tokens, n = partials.shape
-    defines = _macros(split, n, out.dtype, dependent)
-    run = kernel("marlin_join.cu", "join", "PPPii", out.device, dependent=dependent, **defines)
+    defines = _macros(split, n, out.dtype)
+    run = kernel("marlin_join.cu", "join", "PPPii", out.device, dependent=True, **defines)
     elements = tokens * n
     run.launch(
         _grid(elements, n),
@@ -32,9 +31,7 @@ def join(out: Tensor, partials: Tensor, bias: Tensor | None, dependent: bool) ->
     )
 
 
-def join_launch(
-    split: int, tokens: int, n: int, dtype: torch.dtype, bias: Tensor | None, dependent: bool
-) -> Launch:
+def join_launch(split: int, tokens: int, n: int, dtype: torch.dtype, bias: Tensor | None) -> Launch:
     """The launch of :func:`join` for partial sums ``(split, tokens, n)``."""
     elements = tokens * n
     return Launch(
@@ -44,16 +41,15 @@ def join_launch(
         grid=_grid(elements, n),
         block=(_THREADS,),
         config={"split": split},
-        code=CudaCode("marlin_join.cu", "join", _macros(split, n, dtype, dependent)),
+        code=CudaCode("marlin_join.cu", "join", _macros(split, n, dtype)),
     )
 
 
-def _macros(split: int, n: int, dtype: torch.dtype, dependent: bool) -> dict[str, int]:
+def _macros(split: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     return {
         "BF16": int(dtype == torch.bfloat16),
         "SPLIT": split,
         "WIDTH": _width(n),
-        "HOPPER": int(dependent),
     }
 
 

@@ -6,6 +6,7 @@ import functools
 import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ _ROW_BLOCKS = 2
 TILE_TOKENS = (128, 256)
 #: Bytes for the alignment of a block's shared memory.
 _ALIGNMENT = 1024
+#: Blocks of a weight that the L2 cache holds.
+_CACHED_BLOCKS = 14000
 #: What a raised flag holds. Whatever lay in its place before is something else, but for one case in 2**63.
 _TAG = secrets.randbits(63)
 
@@ -144,26 +147,27 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
         limit: bytes of shared memory that a block may have.
     """
     tilings = [
-        fitting(size, form, group, limit) for size in reversed(TILE_TOKENS) for form in ("whole", "shared")
+        tiling
+        for size, form in product(reversed(TILE_TOKENS), ("whole", "cluster", "shared"))
+        if (tiling := fitting(size, form, group, limit)).form != "cluster"
+        or 2 * tiling.tiles(row_blocks, tokens) <= processors
     ]
-    clusters = fitting(TILE_TOKENS[-1], "cluster", group, limit)
-    if 2 * clusters.tiles(row_blocks, tokens) <= processors:
-        tilings.append(clusters)
-    return min(tilings, key=lambda t: _cost(t, t.tiles(row_blocks, tokens), columns, processors))
+    return min(tilings, key=lambda t: _cost(t, row_blocks, columns, tokens, processors))
 
 
-def _cost(tiling: ManyTiling, tiles: int, columns: int, processors: int) -> float:
-    """How many microseconds it takes, fitted to what an H200 took (docs/kernels.md)."""
-    step, join = (1.25, 3.5) if tiling.tokens == 256 else (0.75, 1.75)
+def _cost(tiling: ManyTiling, row_blocks: int, columns: int, tokens: int, processors: int) -> float:
+    """How many microseconds it takes, fitted to what an H200 took under load (docs/kernels.md)."""
+    tiles = tiling.tiles(row_blocks, tokens)
+    step, join = (1.5, 3.5) if tiling.tokens == 256 else (0.9, 1.75)
     if tiling.form == "whole":
         return -(-tiles // processors) * (step * columns + 1.5) + 1.5
     if tiling.form == "cluster":
-        return step * -(-columns // 2) + 6.5
-    # Blocks are at different channels, so that less of what they read is in the cache for the others.
-    step *= 1.1
+        return step * -(-columns // 2) + 2.5 + join
     if 2 * tiles <= processors:
         parts = min(processors // tiles, columns)
         return step * -(-columns // parts) + join * (parts - 1) + 3
+    if tiles >= 2 * processors and row_blocks * columns > _CACHED_BLOCKS:
+        step *= 1.2  # blocks that are at different channels read from memory what others have read
     return step * tiles * columns / processors + join * 2.5 + 3
 
 

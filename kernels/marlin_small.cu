@@ -1,12 +1,10 @@
 // y = W x + bias for up to 16 tokens at a time: a stream of packed weights, read once.
 //
-// A block of the grid has a share of the strips (16 rows each), STRIPS of them at a time, and of the input channels
-// (rank of SPLIT). Its WARPS take turns at 128 channels of all these strips. Every warp owns a ring of DEPTH pieces,
-// weights and activations, and fills it itself, so nothing is shared until the strips are done: then sums meet in
-// shared memory in the order of the warps, and those of the ranks in the order of the ranks. HOPPER copies weights
-// in bulk, starts that before the kernel ahead has ended, and joins ranks in a cluster; elsewhere copies are cp.async
-// and ranks join through `partials` and the kernel of marlin_join.cu. Macros: those of marlin_block.cuh, TOKENS (8 or
-// 16), WARPS, STRIPS, ROUNDS (of STRIPS strips in a share), DEPTH, SPLIT, HOPPER.
+// A block of the grid has a share of the strips (16 rows each), STRIPS of them at a time. Its WARPS take turns at 128
+// channels of all these strips. Every warp owns a ring of DEPTH pieces, weights and activations, and fills it itself, so
+// nothing is shared until the strips are done: then sums meet in shared memory in the order of the warps. HOPPER copies
+// weights in bulk and starts that before the kernel ahead has ended; elsewhere copies are cp.async. Macros: those of
+// marlin_block.cuh, TOKENS (8 or 16), WARPS, STRIPS, ROUNDS (of STRIPS strips in a share), DEPTH, HOPPER.
 //
 // Fused forms: WEIGHTS weights that read the same activations are rows of one, and a residual is added where there is
 // one. GATED: of two weights with as many rows, y = silu(W0 x) * W1 x; half of a block's strips are of each.
@@ -27,7 +25,6 @@ constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels
 constexpr int X_BYTES = 2 * X_HALF;
 constexpr int OWN = GATED ? STRIPS / 2 : STRIPS;  // strips of results that a block works on at a time
 constexpr int RING_BYTES = WARPS * DEPTH * (X_BYTES + WEIGHT_BYTES);
-constexpr int PART_BYTES = WARPS * TOKENS * ROW * 4;
 
 extern __shared__ __align__(128) u8 shared[];
 
@@ -72,8 +69,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     small(const __grid_constant__ TensorMap x, const __grid_constant__ Weights weights, int all_tokens, int all_strips,
           int k_blocks, int box) {
 #else
-    small(const u16* __restrict__ x, const __grid_constant__ Weights weights, float* __restrict__ partials,
-          int all_tokens, int all_strips, int k_blocks, int k) {
+    small(const u16* __restrict__ x, const __grid_constant__ Weights weights, int all_tokens, int all_strips,
+          int k_blocks, int k) {
 #endif
 #if HOPPER
   const int warp = uniform(threadIdx.x >> 5);
@@ -81,9 +78,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   const int warp = threadIdx.x >> 5;
 #endif
   const int lane = threadIdx.x & 31;
-  const int rank = blockIdx.x % SPLIT, strip0 = blockIdx.x / SPLIT * (OWN * ROUNDS);
+  const int strip0 = blockIdx.x * (OWN * ROUNDS);
   const int rounds = min(ROUNDS, (all_strips - strip0 + OWN - 1) / OWN);
-  const int k0 = rank * k_blocks / SPLIT, k1 = (rank + 1) * k_blocks / SPLIT;
   const int token0 = int(blockIdx.y) * TOKENS, tokens = min(TOKENS, all_tokens - token0);
 
   // Swizzled activations begin at multiples of 1024 bytes.
@@ -93,8 +89,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   // With one round, the rings have done their work when sums are joined.
   float* parts = reinterpret_cast<float*>(rings + (ROUNDS == 1 ? 0 : RING_BYTES));
 
-  const int first = k0 + warp;
-  const Position start = {first < k1 ? 0 : rounds, first};
+  const Position start = {warp < k_blocks ? 0 : rounds, warp};
   Position ahead = start;
 
   auto strip_at = [&](const Position& p, int s) {
@@ -104,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     const int own = GATED ? strip : strip - weight.first;
     return weight.packed + ((long(own >> 2) * k_blocks + p.kb) * 4 + (own & 3)) * STRIP_BYTES;
   };
-  [[maybe_unused]] auto finish = [&](int token, int row, float sum) {
+  auto finish = [&](int token, int row, float sum) {
     const Weight& weight = weight_of(weights, row >> 4);
     const int own = row - weight.first * 16;
     if (own >= weight.n) return;
@@ -142,9 +137,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     publish_barriers();
   }
   __syncwarp();
-#if SPLIT > 1
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
 #else
   auto fill_weights = [&](int slot, const Position& p) {
     if (p.round >= rounds) return;
@@ -166,17 +158,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #if HOPPER
   if (elected()) {
     Position p = start;
-    for (int i = 0; i < DEPTH; ++i, p.advance(first, k1)) fill_weights(i, p);
+    for (int i = 0; i < DEPTH; ++i, p.advance(warp, k_blocks)) fill_weights(i, p);
   }
   let_next_begin();
   wait_for_previous();
   if (elected()) {
     Position p = start;
-    for (int i = 0; i < DEPTH; ++i, p.advance(first, k1)) fill_x(i, p);
+    for (int i = 0; i < DEPTH; ++i, p.advance(warp, k_blocks)) fill_x(i, p);
   }
-  for (int i = 0; i < DEPTH; ++i) ahead.advance(first, k1);
+  for (int i = 0; i < DEPTH; ++i) ahead.advance(warp, k_blocks);
 #else
-  for (int i = 0; i < DEPTH; ++i, ahead.advance(first, k1)) {
+  for (int i = 0; i < DEPTH; ++i, ahead.advance(warp, k_blocks)) {
     fill_weights(i, ahead);
     fill_x(i, ahead);
     commit_copies();
@@ -187,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   [[maybe_unused]] u32 parity = 0;
   for (int round = 0; round < rounds; ++round) {
     float sums[STRIPS][NT][4] = {};
-    for (int kb = first; kb < k1; kb += WARPS) {
+    for (int kb = warp; kb < k_blocks; kb += WARPS) {
 #if HOPPER
       wait(full + 8 * slot, parity);
 #else
@@ -206,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       fill_x(slot, ahead);
       commit_copies();
 #endif
-      ahead.advance(first, k1);
+      ahead.advance(warp, k_blocks);
       if (++slot == DEPTH) slot = 0, parity ^= 1;
     }
     if (ROUNDS == 1 || round) __syncthreads();  // `parts` is free
@@ -219,12 +211,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #pragma unroll
         for (int i = 0; i < 4; ++i) own[(t * 8 + (i & 1)) * ROW + strip * 16 + (i >> 1) * 8] = sums[strip][t][i];
     __syncthreads();
-#if HOPPER && SPLIT > 1
-    if (round == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");  // all ranks have started
-    const int per_rank = (tokens * ROWS / 16 + 2 * SPLIT - 1) / (2 * SPLIT) * 32;
-    float* gathered =
-        reinterpret_cast<float*>(rings + (ROUNDS == 1 ? max(RING_BYTES, PART_BYTES) : RING_BYTES + PART_BYTES));
-#endif
 #if GATED
     for (int e = threadIdx.x; e < tokens * OWN * 16; e += WARPS * 32) {
       const int token = e / (OWN * 16), row = (strip0 + round * OWN) * 16 + e % (OWN * 16);
@@ -239,33 +225,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 #else
     for (int e = threadIdx.x; e < tokens * ROWS; e += WARPS * 32) {
       const int token = e / ROWS;
-      [[maybe_unused]] const int row = (strip0 + round * STRIPS) * 16 + e % ROWS;
+      const int row = (strip0 + round * STRIPS) * 16 + e % ROWS;
       float sum = 0.f;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) sum += parts[(w * TOKENS + token) * ROW + e % ROWS];
-#if SPLIT == 1
       finish(token, row, sum);
-#elif HOPPER
-      // Ranks take turns at 32 sums.
-      store_at_rank(gathered + (rank * ROUNDS + round) * per_rank + (e >> 5) / SPLIT * 32 + (e & 31),
-                    (e >> 5) % SPLIT, sum);
-#else
-      const int n = weights.of[0].n;
-      if (row < n) partials[(long(rank) * all_tokens + token0 + token) * n + row] = sum;
-#endif
-    }
-#endif
-#if HOPPER && SPLIT > 1
-    if (round + 1 < rounds) continue;
-    cluster_barrier();
-    for (int i = threadIdx.x; i < rounds * per_rank; i += WARPS * 32) {
-      const int r = i / per_rank, in_round = i - r * per_rank;
-      const int e = (in_round >> 5) * 32 * SPLIT + rank * 32 + (in_round & 31);
-      const int token = e / ROWS, row = (strip0 + r * STRIPS) * 16 + e % ROWS;
-      float sum = 0.f;
-#pragma unroll
-      for (int c = 0; c < SPLIT; ++c) sum += gathered[(c * ROUNDS + r) * per_rank + in_round];
-      if (token < tokens) finish(token, row, sum);
     }
 #endif
   }

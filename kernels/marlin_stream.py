@@ -21,12 +21,9 @@ from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
 from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, nbytes
 from awqc.kernels.machine_code import CudaCode
-from awqc.kernels.marlin_join import join, join_launch
 
 #: Bytes of shared memory at the start of a streaming block: for its alignment, and for its barriers.
 _BARRIERS = 2048
-#: Whether sums of 32 activations are one product with ones rather than two: ``TURNED`` of marlin_block.cuh.
-TURNED = 1
 #: ``Weight`` of marlin_small.cu: packed, bias, residual, y, first strip, rows.
 _WEIGHT = struct.Struct("@PPPPii")
 #: Channels of a row of 128 bytes, which is what copies swizzle.
@@ -43,29 +40,25 @@ class Tiling:
         warps: of a block; they take turns along the channels.
         strips: strips of 16 rows that a block works on at a time.
         rounds: times that it does.
-        split: blocks, of one cluster where there are clusters, that share the channels of the same strips.
         depth: pieces of weights that every warp has in flight.
     """
 
     warps: int
     strips: int
     rounds: int
-    split: int
     depth: int
 
     def blocks(self, strips: int) -> int:
         """Blocks of the grid for a weight of ``strips`` strips."""
-        return -(-strips // (self.strips * self.rounds)) * self.split
+        return -(-strips // (self.strips * self.rounds))
 
     def shared_bytes(self, tokens: int, group: int) -> int:
-        """Shared memory of a block: barriers, rings, the warps' sums, and those that the ranks exchange."""
+        """Shared memory of a block: barriers, rings, and the warps' sums."""
         activations = tile_tokens(tokens) * 2 * layout.CHANNELS
         ring = self.warps * self.depth * (self.strips * layout.strip_bytes(group) + activations)
         rows = self.strips * _STRIP_ROWS
         parts = self.warps * tile_tokens(tokens) * (rows + 4) * 4
-        per_rank = -(-tokens * rows // (32 * self.split)) * 32
-        gathered = self.split * self.rounds * per_rank * 4 if self.split > 1 else 0
-        return _BARRIERS + (max(ring, parts) if self.rounds == 1 else ring + parts) + gathered
+        return _BARRIERS + (max(ring, parts) if self.rounds == 1 else ring + parts)
 
     def occupied_bytes(self, tokens: int, group: int, limit: int) -> int:
         """What a block asks for: more than half of what there is. Two to a processor, where the next launch
@@ -86,15 +79,13 @@ class Stream:
         main: the kernel.
         tiling: how the weight is cut.
         blocks: of the grid.
-        hopper: whether it is the path of bulk copies and clusters.
-        partial: whether sums are partial ones that another launch joins.
+        hopper: whether it is the path of bulk copies.
     """
 
     main: CudaKernel
     tiling: Tiling
     blocks: int
     hopper: bool
-    partial: bool
 
 
 def tile(
@@ -106,34 +97,28 @@ def tile(
     limit: int,
     *,
     gated: bool = False,
-    whole: bool = False,
 ) -> Tiling:
     """How to cut a weight of ``rows`` by ``columns`` blocks for ``tokens`` tokens, at most 16.
 
-    Measured on an H200 (docs/kernels.md): every multiprocessor takes one share of the rows and all channels,
-    unless for more than 8 tokens half the channels of twice the rows are a share long enough to repay the
-    joining. Sums of few rows leave registers for sixteen warps, which pay where there are channels for them.
+    Measured on an H200 (docs/kernels.md): every multiprocessor takes one share of the rows and all channels.
+    Sums of few rows leave registers for sixteen warps, which pay where there are channels for them.
 
     Args:
         processors: multiprocessors of the device.
         limit: bytes of shared memory that a block may have.
-        gated: a block has as many strips of a second weight, ``rows`` are those of one; channels stay whole.
-        whole: channels stay whole.
+        gated: a block has as many strips of a second weight, ``rows`` are those of one.
     """
-    strips, width = rows * layout.STRIPS, 2 if gated else 1
-    share = -(-strips // processors)
-    split = 2 if tokens > 8 and share in (3, 4) and columns >= 64 and not (gated or whole) else 1
-    share = -(-strips // (processors // split))
-    token_tiles = -(-tokens // 8)
+    width = 2 if gated else 1
+    share = -(-rows * layout.STRIPS // processors)
     rounds = -(-share * width // 8)
     at_once = -(-share // rounds) * width
-    warps = 16 if at_once * token_tiles <= 4 and columns >= 64 else 8
+    warps = 16 if at_once * -(-tokens // 8) <= min(2, columns // 32) else 8
     for depth in (2, 1):
-        tiling = Tiling(warps=warps, strips=at_once, rounds=rounds, split=split, depth=depth)
+        tiling = Tiling(warps=warps, strips=at_once, rounds=rounds, depth=depth)
         if tiling.shared_bytes(tokens, group) <= limit:
             return tiling
     # Many tokens, small groups, little shared memory: fewer rows at a time.
-    return Tiling(warps=4, strips=2, rounds=-(-share * width // 2), split=split, depth=2)
+    return Tiling(warps=4, strips=2, rounds=-(-share * width // 2), depth=2)
 
 
 @functools.cache
@@ -153,7 +138,6 @@ class Problem(NamedTuple):
         bfloat16_scales: of the packed weight.
         weights: that are multiplied at once.
         gated: the second of two weights is multiplied by SiLU of the first.
-        adds: something is added that a joining launch does not know.
     """
 
     rows: int
@@ -164,14 +148,11 @@ class Problem(NamedTuple):
     bfloat16_scales: bool
     weights: int = 1
     gated: bool = False
-    adds: bool = False
 
     def tiling(self, at: Hardware) -> Tiling:
         """How the weights are cut on a device."""
-        # Without clusters a launch of its own joins shares of channels, and that knows one weight.
-        whole = not at.has_bulk_copies and (self.weights > 1 or self.adds)
         sizes = (self.rows, self.columns, self.tokens, self.group, at.processors, at.shared_bytes)
-        return tile(*sizes, gated=self.gated, whole=whole) if self.gated or whole else tile(*sizes)
+        return tile(*sizes, gated=self.gated)
 
     def blocks(self, tiling: Tiling) -> int:
         """Blocks of the grid."""
@@ -187,10 +168,8 @@ class Problem(NamedTuple):
             "WARPS": tiling.warps,
             "STRIPS": tiling.strips,
             "ROUNDS": tiling.rounds,
-            "SPLIT": tiling.split,
             "DEPTH": tiling.depth,
             "HOPPER": int(hopper),
-            "TURNED": TURNED,
             "WEIGHTS": self.weights,
             "GATED": int(self.gated),
         }
@@ -205,10 +184,9 @@ def stream(problem: Problem, device: torch.device) -> Stream:
     main = kernel(
         "marlin_small.cu",
         "small",
-        f"128s{size}siiii" if hopper else f"P{size}sPiiii",
+        f"128s{size}siiii" if hopper else f"P{size}siiii",
         device,
         shared=tiling.occupied_bytes(problem.tokens, problem.group, at.shared_bytes),
-        cluster=tiling.split if hopper else 1,
         dependent=hopper,
         **problem.macros(tiling, hopper),
     )
@@ -217,8 +195,8 @@ def stream(problem: Problem, device: torch.device) -> Stream:
         index = torch.cuda.current_device() if device.index is None else device.index
         own = (index, problem.dtype == torch.bfloat16, problem.bfloat16_scales, problem.group, problem.gated)
         key = (*own, problem.rows, problem.columns, problem.tokens)
-        extension.plan(key, main.handle, blocks, 32 * tiling.warps, main.shared, tiling.split)
-    return Stream(main, tiling, blocks, hopper, tiling.split > 1 and not hopper)
+        extension.plan(key, main.handle, blocks, 32 * tiling.warps, main.shared)
+    return Stream(main, tiling, blocks, hopper)
 
 
 def _launch_tokens(tokens: int) -> int:
@@ -233,21 +211,17 @@ def describe(
     tokens, most = rows.shape[0], _launch_tokens(rows.shape[0])
     problem = Problem(packed.shape[0], packed.shape[1], most, group, rows.dtype, bfloat16_scales)
     tiling = problem.tiling(at)
-    joined = tiling.split > 1 and not at.has_bulk_copies
-    out = tokens * n * rows.itemsize
-    partial = tiling.split * tokens * n * 4
     main = Launch(
         "marlin_small.cu:small",
-        nbytes(rows, packed, None if joined else bias),
-        partial if joined else out,
+        nbytes(rows, packed, bias),
+        tokens * n * rows.itemsize,
         grid=(problem.blocks(tiling), -(-tokens // 16)),
         block=(tiling.warps * 32,),
         shared=tiling.occupied_bytes(most, group, at.shared_bytes),
-        cluster=tiling.split if at.has_bulk_copies else 1,
         config=asdict(tiling),
         code=CudaCode("marlin_small.cu", "small", problem.macros(tiling, at.has_bulk_copies)),
     )
-    return [main, join_launch(tiling.split, tokens, n, rows.dtype, bias, False)] if joined else [main]
+    return [main]
 
 
 def multiply(
@@ -269,7 +243,7 @@ def multiply(
     out = rows.new_empty(rows.shape[0], n)
     if rows.shape[0]:
         weight = (packed, bias, residual, out, n)
-        problem = _problem(rows, packed.shape[0], packed, group, bfloat16_scales, adds=residual is not None)
+        problem = _problem(rows, packed.shape[0], packed, group, bfloat16_scales)
         _launch(rows, problem, [weight])
     return out
 
@@ -329,12 +303,7 @@ def _launch(rows: Tensor, problem: Problem, weights: Sequence[_Operand]) -> None
         x = tensor_map(rows, problem.tokens, _HALF_CHANNELS)
         launch.main.launch(grid, block, (x, packed_weights, *sizes, problem.tokens))
         return
-    _, bias, _, out, n = weights[0]
-    split = launch.tiling.split
-    partials = torch.empty(split if launch.partial else 0, tokens, n, dtype=torch.float32, device=rows.device)
-    launch.main.launch(grid, block, (rows.data_ptr(), packed_weights, partials.data_ptr(), *sizes, k))
-    if launch.partial:
-        join(out, partials, bias, dependent=False)
+    launch.main.launch(grid, block, (rows.data_ptr(), packed_weights, *sizes, k))
 
 
 def aligned(rows: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
     """How to cut the product of a weight of ``row_blocks`` by ``columns`` blocks with ``tokens`` tokens.
 
     Tiles are as wide as the tokens. The channels are split as long as every block has a processor of its own.
-    Tiles of 256 rows, which read the activations half as often, pay where most processors have 32 steps.
+    Tiles of 256 rows, which read the activations half as often, pay where most processors have 32 steps. Few
+    stages leave room for the blocks of the next launch, which then begin early.
 
     Args:
         processors: multiprocessors of the device; each takes one block of the grid at a time.
@@ -74,7 +75,7 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
             break
     return next(
         tiling
-        for stages in (8, 7, 6, 5, 4, 3, 2)
+        for stages in (4 if at_once < 128 else 5, 3, 2)
         if (tiling := WideTiling(at_once, split, stages, size)).shared_bytes(group) <= limit
     )
 
@@ -152,7 +153,7 @@ def describe(
         config=asdict(tiling),
         code=CudaCode("marlin_wide.cu", "wide", _macros(tiling, group, rows.dtype, bfloat16_scales)),
     )
-    return [main, join_launch(tiling.split, tokens, n, rows.dtype, bias, True)] if joined else [main]
+    return [main, join_launch(tiling.split, tokens, n, rows.dtype, bias)] if joined else [main]
 
 
 def multiply(
@@ -185,5 +186,5 @@ def multiply(
         ),
     )
     if partials is not None:
-        join(out, partials, bias, dependent=True)
+        join(out, partials, bias)
     return out

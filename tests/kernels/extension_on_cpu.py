@@ -125,7 +125,7 @@ def main() -> None:
 
     def plan(function: int, gated: int, tokens: int) -> None:
         key = (ctypes.c_int64 * 8)(-1, 0, 0, 128, gated, 2, 1, tokens)
-        library.awqc_plan(key, ctypes.c_void_p(function), 7, 256, 5000, 2 if gated else 1)
+        library.awqc_plan(key, ctypes.c_void_p(function), 7, 256, 5000)
 
     plan(1, 0, 4)
     plan(2, 1, 4)

@@ -13,7 +13,7 @@ from awqc.kernels.machine_code import CudaCode, disassembler, sass
 from awqc.kernels.nvrtc import CompileError
 
 pytestmark = pytest.mark.skipif(not nvrtc.available(), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
-JOIN = CudaCode("marlin_join.cu", "join", {"BF16": 0, "SPLIT": 2, "WIDTH": 4, "HOPPER": 0})
+DENSE = CudaCode("marlin_dequantize.cu", "dequantize", {"BF16": 0, "SCALE_BF16": 0, "GROUP": 128})
 
 
 def has_disassembler() -> bool:
@@ -26,16 +26,16 @@ def has_disassembler() -> bool:
 
 @pytest.mark.parametrize(("capability", "target"), [((8, 0), "sm_80"), ((9, 0), "sm_90a")])
 def test_intermediate_code(capability: tuple[int, int], target: str) -> None:
-    text = JOIN.ptx(capability)
+    text = DENSE.ptx(capability)
     assert f".target {target}" in text
-    assert ".entry join(" in text
+    assert ".entry dequantize(" in text
 
 
 @pytest.mark.skipif(not has_disassembler(), reason="no cuobjdump: install triton")
 def test_instructions() -> None:
-    text = sass(JOIN, (8, 0))
-    assert "Function : join" in text
-    assert "FADD" in text
+    text = sass(DENSE, (8, 0))
+    assert "Function : dequantize" in text
+    assert "FMUL" in text
     assert "EXIT" in text
 
 
@@ -51,4 +51,4 @@ def test_without_a_disassembler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CompileError, match="no cuobjdump: install a CUDA toolkit, or triton"):
-        sass(JOIN, (8, 0))
+        sass(DENSE, (8, 0))

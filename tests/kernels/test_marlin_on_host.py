@@ -19,10 +19,10 @@ from tests.kernels.on_host import COMPILER, Memory, compiled
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 ENTRY = """
-extern "C" void run_small(unsigned gx, unsigned gy, const u16* x, const Weights* weights, float* partials,
+extern "C" void run_small(unsigned gx, unsigned gy, const u16* x, const Weights* weights,
     int tokens, int strips, int k_blocks, int k) {
   const Weights own = *weights;
-  launch({gx, gy, 1}, WARPS * 32, [=] { small(x, own, partials, tokens, strips, k_blocks, k); });
+  launch({gx, gy, 1}, WARPS * 32, [=] { small(x, own, tokens, strips, k_blocks, k); });
 }
 """
 #: Packed weight, bias, residual, rows.
@@ -30,7 +30,7 @@ Operand = tuple[Tensor, "Tensor | None", "Tensor | None", int]
 
 
 def multiply_on_host(
-    x: Tensor, weights: list[Operand], group: int, tiling: Tiling, *, turned: int = 1, gated: bool = False
+    x: Tensor, weights: list[Operand], group: int, tiling: Tiling, *, gated: bool = False
 ) -> list[Tensor]:
     """As ``marlin_stream._launch`` does on a device without bulk copies."""
     problem = Problem(
@@ -43,14 +43,12 @@ def multiply_on_host(
         weights=len(weights),
         gated=gated,
     )
-    macros = {**problem.macros(tiling, hopper=False), "TURNED": turned}
-    kernels = compiled("marlin_small.cu", ENTRY, "unsigned char", **macros)
+    kernels = compiled("marlin_small.cu", ENTRY, "unsigned char", **problem.macros(tiling, hopper=False))
     assert tiling.shared_bytes(problem.tokens, group) <= 1 << 18
     x = aligned(x)
     tokens, k = x.shape
     nan = torch.tensor(float("nan"), dtype=x.dtype)
     outs = [Memory(kernels, nan.expand(tokens, n)) for *_, n in weights[: 1 if gated else None]]
-    partials = Memory(kernels, nan.float().expand(tiling.split, tokens, weights[0][-1]))
     record, first, kept = b"", 0, [Memory(kernels, x)]
     for i, (packed, bias, residual, n) in enumerate(weights):
         own = [Memory(kernels, tensor) for tensor in (packed, bias, residual)]
@@ -63,13 +61,9 @@ def multiply_on_host(
         -(-tokens // 16),
         kept[0].pointer,
         ctypes.create_string_buffer(record),
-        partials.pointer,
         *(ctypes.c_int(size) for size in (tokens, problem.rows * layout.STRIPS, problem.columns, k)),
     )
-    if tiling.split == 1:
-        return [out.read() for out in outs]
-    bias = weights[0][1]
-    return [(partials.read().sum(0) + (0 if bias is None else bias.float())).to(x.dtype)]
+    return [out.read() for out in outs]
 
 
 def weight_of(n: int, k: int, group_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -91,22 +85,19 @@ def assert_close(got: Tensor, want: Tensor, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "group_size", "tokens", "tiling", "turned"),
+    ("n", "k", "group_size", "tokens", "tiling"),
     [
-        (64, 256, 128, 1, Tiling(4, 1, 1, 1, 2), 0),
-        (64, 256, 128, 1, Tiling(4, 1, 1, 1, 2), 1),
-        (200, 392, 32, 5, Tiling(4, 3, 2, 1, 1), 1),
-        (200, 392, 32, 5, Tiling(4, 3, 2, 1, 1), 0),
-        (130, 512, 64, 8, Tiling(2, 2, 3, 1, 2), 0),
-        (70, 1000, -1, 9, Tiling(4, 2, 1, 2, 2), 0),
-        (70, 1000, -1, 9, Tiling(4, 2, 1, 2, 2), 1),
-        (200, 392, 32, 16, Tiling(4, 3, 1, 1, 2), 1),
-        (64, 256, 64, 23, Tiling(2, 2, 1, 1, 1), 1),
+        (64, 256, 128, 1, Tiling(4, 1, 1, 2)),
+        (200, 392, 32, 5, Tiling(4, 3, 2, 1)),
+        (130, 512, 64, 8, Tiling(2, 2, 3, 2)),
+        (70, 1000, -1, 9, Tiling(4, 2, 1, 2)),
+        (200, 392, 32, 16, Tiling(4, 3, 1, 2)),
+        (64, 256, 64, 23, Tiling(2, 2, 1, 1)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_product_agrees_with_float64(
-    n: int, k: int, group_size: int, tokens: int, tiling: Tiling, turned: int, dtype: torch.dtype
+    n: int, k: int, group_size: int, tokens: int, tiling: Tiling, dtype: torch.dtype
 ) -> None:
     group = layout.kernel_group(group_size, k)
     assert group is not None
@@ -114,7 +105,7 @@ def test_the_product_agrees_with_float64(
     generator = torch.Generator().manual_seed(n)
     bias = torch.randn(n, generator=generator).to(dtype) if n % 20 == 0 else None
     x = (torch.randn(tokens, k, generator=generator) + 0.5).to(dtype)
-    (got,) = multiply_on_host(x, [(packed, bias, None, n)], group, tiling, turned=turned)
+    (got,) = multiply_on_host(x, [(packed, bias, None, n)], group, tiling)
     assert_close(got, x.double() @ dense.t() + (0 if bias is None else bias.double()), x)
 
 
@@ -126,7 +117,7 @@ def test_several_weights_at_once(tokens: int) -> None:
     weights = [weight_of(n, 256, 64, n) for n in sizes]
     biases = [None, torch.randn(64, generator=torch.Generator().manual_seed(1)).half(), None]
     operands = [(p, b, None, n) for (p, _), b, n in zip(weights, biases, sizes, strict=True)]
-    found = multiply_on_host(x, operands, 64, Tiling(2, 3, 2, 1, 2))
+    found = multiply_on_host(x, operands, 64, Tiling(2, 3, 2, 2))
     for got, (_, dense), bias in zip(found, weights, biases, strict=True):
         assert_close(got, x.double() @ dense.t() + (0 if bias is None else bias.double()), x)
 
@@ -138,13 +129,11 @@ def test_a_residual_is_added_before_rounding() -> None:
         torch.randn(100, generator=generator).half(),
         torch.randn(3, 100, generator=generator).half(),
     )
-    (got,) = multiply_on_host(x, [(packed, bias, residual, 100)], 128, Tiling(2, 2, 1, 1, 2))
+    (got,) = multiply_on_host(x, [(packed, bias, residual, 100)], 128, Tiling(2, 2, 1, 2))
     assert_close(got, x.double() @ dense.t() + bias.double() + residual.double(), x)
 
 
-@pytest.mark.parametrize(
-    "tiling", [Tiling(2, 2, 1, 1, 2), Tiling(2, 6, 2, 1, 1), Tiling(4, 8, 1, 1, 2)], ids=str
-)
+@pytest.mark.parametrize("tiling", [Tiling(2, 2, 1, 2), Tiling(2, 6, 2, 1), Tiling(4, 8, 1, 2)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 11, 18])
 def test_a_gate_in_the_epilogue(tiling: Tiling, tokens: int) -> None:
     generator = torch.Generator().manual_seed(tokens)

@@ -30,7 +30,7 @@ def test_every_tiling_fits_and_covers_the_weight(rows: int, group: int, limit: i
             assert tiling.shared_bytes(tokens, group) <= tiling.occupied_bytes(tokens, group, limit) <= limit
             # 1024 bytes of barriers, 8 each.
             assert tiling.warps * tiling.depth <= 128
-            shares = tiling.blocks(rows * 4) // tiling.split
+            shares = tiling.blocks(rows * 4)
             assert shares * tiling.strips * tiling.rounds >= rows * 4
             assert (shares - 1) * tiling.strips * tiling.rounds < rows * 4
 
@@ -58,7 +58,7 @@ def variants(arch: str) -> list[dict[str, int | str]]:
         dtype, bfloat16_scales = next(dtypes)
         problem = Problem(-(-n // 64), -(-k // 128), tokens, group, dtype, bfloat16_scales, **form)
         tiling = problem.tiling(at)
-        macros = {**problem.macros(tiling, at.has_bulk_copies), "TURNED": len(found) % 2}
+        macros = problem.macros(tiling, at.has_bulk_copies)
         found.setdefault((tiling, tile_tokens(tokens), problem.gated), macros)
     return list(found.values())
 
@@ -101,7 +101,6 @@ def recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(marlin_stream, "kernel", kernel)
     monkeypatch.setattr(marlin_stream, "hardware", lambda device: at)
     monkeypatch.setattr(marlin_stream, "tensor_map", lambda x, rows, columns: bytes([rows, columns]) * 64)
-    monkeypatch.setattr(marlin_stream, "join", lambda *args, **options: made.append("join"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(extension, "plan", lambda *args: made.append(args))
     marlin_stream.stream.cache_clear()
@@ -127,9 +126,9 @@ def test_what_a_launch_is_given(recorded: list[Any]) -> None:
     )
     if hopper:
         assert args == (bytes([4, 64]) * 64, weight, 3, 8, 2, 4)
-        assert plans == [((0, False, False, 128, False, 2, 2, 4), 5, 8, block[0], run.shared, 1)]
+        assert plans == [((0, False, False, 128, False, 2, 2, 4), 5, 8, block[0], run.shared)]
     else:
-        assert (args[0], args[1], args[3:]) == (x.data_ptr(), weight, (3, 8, 2, 256))
+        assert args == (x.data_ptr(), weight, 3, 8, 2, 256)
         assert plans == []
 
 
@@ -152,20 +151,9 @@ def test_a_gate_has_the_strips_of_one(recorded: list[Any]) -> None:
     ((grid, _, args),) = run.launches
     found = list(marlin_stream._WEIGHT.iter_unpack(args[1]))
     assert found == [(w.data_ptr(), 0, 0, out.data_ptr(), 0, 100) for w in (gate, up)]
-    assert (options["GATED"], options["STRIPS"], options["SPLIT"]) == (1, 2, 1)
+    assert (options["GATED"], options["STRIPS"]) == (1, 2)
     assert grid == (8, 1)
     assert [plan[0][4] for plan in plans] == [True] * bool(options["HOPPER"])
-
-
-def test_what_is_added_keeps_channels_whole_where_a_launch_of_its_own_joins() -> None:
-    sizes = {"rows": 112, "columns": 112, "tokens": 16, "group": 128, "dtype": torch.float16}
-    for arch in LIMITS:
-        at = Hardware(arch, "cuda", 132, CAPABILITIES[arch], LIMITS[arch])
-        plain = Problem(**sizes, bfloat16_scales=False)
-        assert plain.tiling(at).split == 2
-        for form in ({"adds": True}, {"weights": 2}):
-            split = Problem(**sizes, bfloat16_scales=False, **form).tiling(at).split
-            assert split == (2 if arch == "sm_90a" else 1)
 
 
 def test_no_tokens_launch_nothing(recorded: list[Any]) -> None:
