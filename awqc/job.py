@@ -32,6 +32,7 @@ from awqc.graph import Graph
 from awqc.journal import Journal
 from awqc.made_up import stand_ins
 from awqc.memory import MemoryLimit
+from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pipeline
 from awqc.preparation import left_out, prepare
 from awqc.quantization.scales import FoldedScales
@@ -80,6 +81,7 @@ class Job:
     def run(self, pipeline: Pipeline, flags: Flags | None) -> None:
         """Run the passes; linears that no graph holds get a row too."""
         pipeline.run(self.graph, self.context, flags)
+        self.graph.facts.drop(Statistics)  # of the last stage: nothing that follows is as large
         report = self.context.report
         if self.context.ranks.count > 1:
             report.processes = self.context.ranks.agree("", sum(report.seconds.values()))

@@ -258,10 +258,7 @@ class Weights:
     def _checked(self, name: str, value: Tensor) -> Tensor:
         if name in self._finite or value.is_meta:
             return value
-        # A NaN or Inf anywhere makes the sum non-finite: one pass, and a mask only when in doubt, since
-        # sums of finite values can overflow too.
-        suspect = value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float32)))
-        bad = (~torch.isfinite(value)).nonzero() if suspect else torch.empty(0)
+        bad = torch.empty(0) if _is_finite(value) else (~torch.isfinite(value)).nonzero()
         if len(bad):
             raise NonFiniteError(
                 f"parameter {name!r} holds {len(bad)} NaN or Inf value(s), the first at index "
@@ -270,3 +267,13 @@ class Weights:
             )
         self._finite.add(name)
         return value
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether ``value`` holds neither NaN nor Inf: extremes take one pass and no copy."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return True
+    if value.element_size() < 2:  # there are no extremes of 8-bit numbers
+        return bool(torch.isfinite(value.float()).all())
+    least, most = torch.aminmax(value)
+    return bool(torch.isfinite(least) & torch.isfinite(most))

@@ -310,7 +310,10 @@ def _read_back(
             weight = checkpoint.weight(source.module_on_disk(owner))
         dense = checkpoint.dense(bias) if bias in checkpoint.tensors else None
         return lowered_part(linear, weight, dense, device, part).to(dtype)
-    return checkpoint.dense(stored).to(device, dtype) if stored in checkpoint.tensors else None
+    if stored not in checkpoint.tensors:
+        return None
+    # Two steps: in one, a copy in the other dtype would be made on the host.
+    return checkpoint.dense(stored).to(device).to(dtype)
 
 
 def lowered_part(
