@@ -42,13 +42,14 @@ _MOVING = FLOAT + 2 + 1
 
 @dataclass(frozen=True)
 class StageNeeds:
-    """Bytes on the compute device.
+    """Bytes on the compute device, unless said otherwise.
 
     Args:
         name: the first linear of the stage.
         kind: how statistics are held.
         at_once: elements that compensated rounding handles at once.
         activations: of all samples, where the stage begins.
+        offloaded: of Gram matrices on the host.
         passes: the most that a pass over the stage needs, activations and statistics included.
         moving: what it takes to move one sample after the other to the next stage.
     """
@@ -57,6 +58,7 @@ class StageNeeds:
     kind: Kind
     at_once: int
     activations: int
+    offloaded: int
     passes: int
     moving: int
 
@@ -119,9 +121,11 @@ def stage_needs(
         at_once = rounded_at_once(stage.observers, kind, limit, device, group, resident)
         passes = stage_bytes(stage.observers, kind, group, compensated, resident, at_once)
         passes = max(passes, resident + again + observing_bytes(stage.observers, kind, group))
+        offloaded = observing_bytes(stage.observers, "full", group) if kind == "offloaded" else 0
         last = number == len(stages) - 1  # nothing is quantized behind it, so nothing moves there
         moving = resident + again + (0 if last else _moving(live, stage))
-        found.append(StageNeeds(stage.observers[0].name, kind, at_once, resident, passes, moving))
+        name = stage.observers[0].name
+        found.append(StageNeeds(name, kind, at_once, resident, offloaded, passes, moving))
     return Needs(found, place, narrowest)
 
 

@@ -26,7 +26,8 @@ from awqc.views import ExpertLinear, Linear, expert_linear, linear, operand, sha
 #: Gram matrices, of those that move tokens, and of Cholesky factorizations; moved, streamed: bytes that
 #: elementwise ops read and write, of activations and of weights, which are too large for caches; clipped:
 #: weights times clipping candidates; columns, elements: steps of compensated rounding, each of one column,
-#: and the weights in them; calls: ops, however small; read, written: bytes of files; packed: weights that a
+#: and the weights in them; calls: ops, however small; read, written: bytes of files on disk; loaded: bytes
+#: of files that the system has in memory, brought to the device; packed: weights that a
 #: backend packs.
 Unit = Literal[
     "flops",
@@ -40,6 +41,7 @@ Unit = Literal[
     "factored",
     "calls",
     "read",
+    "loaded",
     "written",
     "packed",
 ]

@@ -30,7 +30,7 @@ from awqc.errors import ConfigError
 from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.made_up import stand_ins
-from awqc.memory import SHARD_SHARE, MemoryLimit, memory_limit
+from awqc.memory import FLOAT, SHARD_SHARE, MemoryLimit, memory_limit
 from awqc.needs import Needs, StageNeeds, check_fits, stage_needs
 from awqc.observers.dependence import dependent_on
 from awqc.observers.products import propagation_dtype
@@ -47,9 +47,15 @@ from awqc.work import Work, matrices_of, quantized_views, run, weights_read
 #: Bytes for each weight while whole graphs are checked, where all are held: in float32, and twice in float64;
 #: and for each element of the largest, where one is there at a time, in float64.
 _HELD, _STREAMED = 4 + 8 + 8, 8
-#: Bytes for each element of the largest tensor when what was written is read back and compared, first as it
-#: was and then as it is on disk: in float32, and in the 16 bits that it comes from, mapped and copied.
-_READ_BACK = 4 + 2 + 2
+#: Bytes for each element of the largest tensor when what was written is read back and compared: in the 16
+#: bits that it comes from, and where the CPU computes in float32.
+_READ_BACK = {"cpu": 2 + 4, "cuda": 2}
+#: Copies of the weights that are written or read while a whole graph runs once: one, and on made-up weights
+#: those that it takes to make them.
+_RUN, _RUN_MADE_UP = 1, 5
+#: Ops that it takes to bring a linear, or experts that are stacked, into a checkpoint's layout, and each
+#: matrix of them to the host.
+_ENCODING, _TAKING = 150, 10
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ class Plan:
         disk: bytes of the output, and beside it of the journal and of what is kept on disk meanwhile.
         refusal: why the compile would be refused; empty if it would not be.
         sizes: bytes of the checkpoint that is read (``stored``), of linears and model in 16 bits and as they
-            are written, as in :class:`awqc.Report`; and elements of the ``largest`` tensor.
+            are written, as in :class:`awqc.Report`; elements of the ``largest`` tensor; and of what is
+            quantized ``linears``, stacks of experts among them, and ``matrices``.
         rates: measured on this device.
         notes: what the estimate does not hold.
     """
@@ -165,9 +172,12 @@ def plan(
     )
     base = _resident() + captured_bytes  # a compile captures twice
     rates = rates or measure(device, config.scheme, config.propagate_dtype, backend)
+    if device.type != "cpu":  # what it takes of the host, libraries and kernels, is there when it has worked
+        base = _resident() + captured_bytes
+    made_up = stand_ins(from_module(module), limit, device) is not None
     sizes = {"stored": _stored(model)} | _sizes(module, graph, report)
     needs = stage_needs(graph, max_calib_samples, limit, device, config.group_size)
-    seconds.update({name: rates.seconds(work) for name, work in _once(graph, sizes).items()})
+    seconds.update({name: rates.seconds(work) for name, work in _once(graph, sizes, made_up).items()})
     rounded = propagation_dtype(config.propagate_dtype, torch.float32, device) is not None
     staged = [each for each in pipeline if each.scope == "stage"]
     stages = []
@@ -180,9 +190,12 @@ def plan(
             works = {
                 each.name: each.work(graph, stage.observers, max_calib_samples, need.kind) for each in staged
             }
+            works["check"] = _stage_check(graph, stage, sizes)
             moving = {name: rates.seconds(work) for name, work in works.items() if work is not None} | moving
             stages.append(_stage_plan(graph, stage, need, moving))
         seconds.update(moving)
+    # Files are read ahead, and hashed, while all else is done.
+    seconds.update({"read": max(rates.seconds(Work({"read": sizes["stored"]})) - seconds.total(), 0.0)})
     unknown = [each.name for each in staged if type(each).work is Pass.work]
     notes = [f"{name} does not say what it will do: its time is not in the estimate" for name in unknown]
     try:
@@ -197,7 +210,7 @@ def plan(
         str(device),
         stages,
         dict(seconds),
-        _memory(base, _checks(module, limit, device), needs, sizes, limit, device),
+        _memory(base, _checks(module, made_up), needs, sizes, limit, device),
         _disk(needs, sizes),
         refusal,
         sizes,
@@ -251,20 +264,45 @@ def _stage_plan(graph: Graph, stage: Stage, needs: StageNeeds, seconds: dict[str
     )
 
 
-def _once(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Work]:
-    """What is done once: weights are read, the graph is compared with the model and every fold proven on a
-    few tokens, and the result is packed and written."""
+def _once(graph: Graph, sizes: Mapping[str, int], made_up: bool) -> dict[str, Work]:
+    """What is done once beside tracing: the graph is run against the model on two inputs and against itself
+    after a pass has changed it, every fold is proven in float64, and the result is packed and written."""
     weights = sizes["model_before"] // 2
+    copies = _RUN_MADE_UP if made_up else _RUN
 
-    def work(**amounts: int) -> Work:
-        return Work(amounts)  # type: ignore[arg-type]
+    def runs(count: int, size: int) -> Work:
+        """So many of the whole graph on a few tokens, in numbers of ``size`` bytes."""
+        return Work({"streamed": count * copies * size * weights, "calls": count * len(graph.nodes)})
 
+    def loading(size: int) -> Work:
+        return Work() if made_up else _loading(sizes, weights, size)
+
+    folding = Work({"streamed": 2 * 2 * FLOAT * weights})
     return {
-        "read": work(read=3 * sizes["stored"], streamed=3 * (sizes["stored"] + 4 * weights)),
-        "check": work(streamed=(4 * 4 + 4 * 8) * weights, calls=6 * len(graph.nodes)),
-        "lower": work(packed=sizes["linears_before"] // 2),
-        "save": work(written=sizes["model_after"], streamed=10 * weights),
+        "capture": runs(4, FLOAT) + loading(FLOAT),
+        "check": runs(2, FLOAT),
+        "find-scale-groups": runs(2, 2 * FLOAT) + loading(2 * FLOAT) + folding,
+        "lower": Work({"packed": sizes["linears_before"] // 2}),
+        "save": Work(
+            {
+                "written": sizes["model_after"],
+                "streamed": 10 * weights,
+                "calls": _ENCODING * sizes["linears"] + _TAKING * sizes["matrices"],
+            }
+        ),
     }
+
+
+def _stage_check(graph: Graph, stage: Stage, sizes: Mapping[str, int]) -> Work:
+    """Its weights are read, and what folds can reach is run on one sample before and after them."""
+    weights = sum(matrices_of(v) * v.out_features * v.in_features for o in stage.observers for v in o.views)
+    return _loading(sizes, weights, FLOAT) + Work({"calls": 2 * (stage.end - stage.start)})
+
+
+def _loading(sizes: Mapping[str, int], weights: int, size: int) -> Work:
+    """Bringing ``weights`` from files to the device, in numbers of ``size`` bytes."""
+    stored = sizes["stored"] * weights // (sizes["model_before"] // 2)
+    return Work({"loaded": stored, "streamed": stored + size * weights})
 
 
 def _sizes(module: nn.Module, graph: Graph, report: Report) -> dict[str, int]:
@@ -273,12 +311,15 @@ def _sizes(module: nn.Module, graph: Graph, report: Report) -> dict[str, int]:
     schemes = graph.facts[Schemes]
     rows = [(row, schemes[name]) for name, row in report.linears.items() if name in schemes]
     linears = sum(row.parameters for row, _ in rows)
+    matrices = sum(row.expert_count or 1 for row, _ in rows)
     packed = sum(
         (row.expert_count or 1) * packed_bytes(row.out_features, row.in_features, scheme)
         for row, scheme in rows
     )
     return {
         "largest": max(elements),
+        "linears": len(rows),
+        "matrices": matrices,
         "linears_before": 2 * linears,
         "linears_after": packed,
         "model_before": 2 * weights,
@@ -286,12 +327,10 @@ def _sizes(module: nn.Module, graph: Graph, report: Report) -> dict[str, int]:
     }
 
 
-def _checks(module: nn.Module, limit: MemoryLimit, device: torch.device) -> int:
+def _checks(module: nn.Module, made_up: bool) -> int:
     """Bytes on the device while whole graphs are compared and folds are proven on a few tokens."""
     elements = [t.numel() for _, t in named_tensors(module) if t.is_floating_point()]
-    if stand_ins(from_module(module), limit, device) is None:
-        return _HELD * sum(elements)
-    return _STREAMED * max(elements)
+    return _STREAMED * max(elements) if made_up else _HELD * sum(elements)
 
 
 def _memory(
@@ -309,14 +348,16 @@ def _memory(
         checks: what checks of whole graphs take on the compute device.
     """
     shard = MAX_SHARD_BYTES if limit.host is None else int(SHARD_SHARE * limit.host)
-    writing = min(sizes["model_after"], 2 * shard) + _READ_BACK * sizes["largest"]
-    stages = needs.largest.peak
+    back, stages = _READ_BACK[device.type] * sizes["largest"], needs.largest.peak
     if device.type == "cpu":
         # What is freed between stages and writing is not all given back to the system.
-        return {"host": base + max(checks, stages + writing)}
+        return {"host": base + max(checks, stages + min(sizes["model_after"], 2 * shard) + back)}
+    # The same of linears in shards, which are many; embedding tables are given back, and fill shards alone.
+    shards = min(sizes["model_after"], 2 * max(shard, 2 * sizes["largest"]))
+    writing = max(shards, min(sizes["linears_after"], 2 * shard) + back)
     kept = needs.narrowest if needs.place == "host" else 0
-    grams = max((s.passes for s in needs.stages if s.kind == "offloaded"), default=0)
-    return {"device": max(stages, checks), "host": base + kept + grams + writing}
+    offloaded = max(stage.offloaded for stage in needs.stages)
+    return {"device": max(stages, checks), "host": base + kept + max(offloaded, writing)}
 
 
 def _disk(needs: Needs, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from awqc.backend import Backend
+from awqc.checkpoints.tensors import TensorInfo, page_locked, read_tensor
 from awqc.memory import added_rows
 from awqc.observers.input_statistics import InputStatistics, gram_block
 from awqc.observers.products import RoundedLinear, gram_products, propagation_dtype
@@ -33,7 +34,7 @@ _FEW, _ROWS, _INPUTS = 64, 512, 16
 #: Elements of a tensor that no cache holds.
 _LARGE = 1 << 24
 #: Bytes of the file that is written and read.
-_FILE = 1 << 25
+_FILE = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Rates:
     factored: float
     calls: float
     read: float
+    loaded: float
     written: float
     packed: float
 
@@ -114,7 +116,7 @@ def measure(
     narrow, wide = rounding(few), rounding(weight)
     element = max(wide - narrow, 0.0) / ((k - _FEW) * k)
     small, large = normal(8, 8), torch.zeros(_LARGE, device=device)
-    read, written = _disk(folder)
+    read, loaded, written = _disk(folder, device)
     return Rates(
         flops=taken(lambda: weight @ weight) / (2 * k**3),
         grams=taken(adding) / (at_once * _ROWS * k * (k + gram_block(k))),
@@ -127,6 +129,7 @@ def measure(
         factored=taken(lambda: feedback(gram, order)) / (k**3 / 3),
         calls=taken(lambda: [small + small for _ in range(100)]) / 100,
         read=read,
+        loaded=loaded,
         written=written,
         packed=taken(lambda: lower_linear(quantized, None, torch.float32, device, backend)) / (k * k),
     )
@@ -150,8 +153,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _disk(folder: Path | None) -> tuple[float, float]:
-    """Seconds to read and to write a byte."""
+def _disk(folder: Path | None, device: torch.device) -> tuple[float, float, float]:
+    """Seconds to read a byte from a disk, to bring one from the system's cache to ``device``, and to write
+    one to a disk."""
     data = os.urandom(_FILE)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         start = time.perf_counter()
@@ -161,8 +165,13 @@ def _disk(folder: Path | None) -> tuple[float, float]:
         written = time.perf_counter() - start
         if hasattr(os, "posix_fadvise"):  # so that reading is not remembering
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
+        info = TensorInfo(Path(file.name), (_FILE,), torch.uint8)
+
+        def load() -> None:
+            with page_locked(device):
+                read_tensor(info).to(device)
+
         start = time.perf_counter()
-        while file.read(1 << 22):
-            pass
-        return (time.perf_counter() - start) / _FILE, written / _FILE
+        read_tensor(info)
+        read = time.perf_counter() - start
+        return read / _FILE, _taken(load, device) / _FILE, written / _FILE

@@ -13,7 +13,10 @@ import awqc
 from awqc import Context, Pass, Pipeline, Plan, QuantConfig
 from awqc.errors import ConfigError
 from awqc.graph import Graph
+from awqc.memory import MemoryLimit
+from awqc.needs import Needs, StageNeeds
 from awqc.planning import Rates, measure
+from awqc.planning.plan import _memory
 from awqc.runtime.compiled import CompiledModel
 from awqc.storage.source import skeleton
 from tests import mixtures
@@ -140,3 +143,43 @@ def test_rates_are_measured_where_none_are_given(directory: Path) -> None:
     assert found.total_seconds > 0
     assert replace(found, seconds={}).total_seconds == 0
     assert torch.device(found.device).type == "cpu"
+
+
+def test_checks_on_made_up_weights_take_longer(directory: Path, planned: Plan, rates: Rates) -> None:
+    """They are made for every op that reads them; with all else known, that is the difference."""
+    found = awqc.plan(directory, config=CONFIG, max_calib_seq_len=16, max_memory="100KB", rates=rates)
+    whole = awqc.plan(directory, config=CONFIG, max_calib_seq_len=16, rates=rates)
+    assert found.seconds["check"] > whole.seconds["check"]
+    weights, made = whole.sizes["model_before"] // 2, 4 * rates.streamed
+    # Two runs in float32, of which each makes what it reads: written, scaled and read, in place of read once.
+    difference = found.seconds["check"] - whole.seconds["check"]
+    assert difference == pytest.approx(2 * 4 * made * weights)
+
+
+def test_what_is_read_in_the_background_waits_for_slow_disks_alone(directory: Path, rates: Rates) -> None:
+    def seconds(read: float) -> dict[str, float]:
+        slow = replace(rates, read=read)
+        return awqc.plan(directory, config=CONFIG, max_calib_seq_len=16, rates=slow).seconds
+
+    assert seconds(0.0)["read"] == 0.0
+    found = seconds(1.0)
+    # Tracing takes another time each time; it is among what reading does not wait for.
+    assert sum(found.values()) == pytest.approx((directory / "model.safetensors").stat().st_size)
+
+
+def test_memory_of_the_host_beside_a_gpu() -> None:
+    """Two shards while a checkpoint is written; a large table once while it is read back; Gram matrices that
+    are kept from the device."""
+    gigabyte = 10**9
+    sizes = {"model_after": 40 * gigabyte, "linears_after": 36 * gigabyte, "largest": gigabyte}
+
+    def host(offloaded: int, **changed: int) -> int:
+        stage = StageNeeds("down", "full", 0, 0, offloaded, 0, 0)
+        needs = Needs([stage], "device", 0)
+        found = _memory(gigabyte, 0, needs, sizes | changed, MemoryLimit(), torch.device("cuda"))
+        return found["host"] // gigabyte
+
+    assert host(0) == 1 + 4 + 2
+    assert host(9 * gigabyte) == 1 + 9
+    assert host(0, model_after=3 * gigabyte, linears_after=gigabyte) == 1 + 3
+    assert host(0, largest=3 * gigabyte) == 1 + 12
