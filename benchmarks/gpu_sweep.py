@@ -93,7 +93,7 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
     """Tilings of ``marlin_wide.cu``, ``marlin_pair.cu`` and ``marlin_many.cu``; the first is what ships."""
     rows, columns = -(-n // 64), -(-k // 128)
     found: dict[Any, None] = {}
-    cut = (marlin_wide if m <= qlinear_marlin.WIDE_TOKENS else marlin_many).tile
+    cut = (marlin_many if marlin_many.takes(rows, m, 132) else marlin_wide).tile
     shipped = marlin_pair.tile(rows, columns, m, GROUP, 132, LIMIT)
     found[shipped or cut(rows, columns, m, GROUP, 132, LIMIT)] = None
     if m >= 128:

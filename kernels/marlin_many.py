@@ -139,6 +139,14 @@ def fitting(tokens: int, form: str, group: int, limit: int) -> ManyTiling:
     return next(tiling for tiling in tilings if tiling.shared_bytes(group) <= limit)
 
 
+def takes(row_blocks: int, tokens: int, processors: int) -> bool:
+    """Whether this kernel is the one for a weight of ``row_blocks`` blocks of 64 rows and ``tokens`` tokens:
+    beyond 128 of them, and from 65 on where its blocks, one or two to a tile, are most of the processors."""
+    tiles = -(-row_blocks // _ROW_BLOCKS)
+    fills = any(3 * processors <= 4 * blocks <= 4 * processors for blocks in (tiles, 2 * tiles))
+    return tokens > TILE_TOKENS[0] or (2 * tokens > TILE_TOKENS[0] and fills)
+
+
 def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int, limit: int) -> ManyTiling:
     """How to cut the product of a weight of ``row_blocks`` by ``columns`` blocks with ``tokens`` tokens.
 

@@ -31,8 +31,6 @@ from awqc.kernels.registry import register_kernel
 
 #: Most tokens for which the packed weight is streamed: without Hopper's wide kernel, and with it.
 STREAMED_TOKENS = (64, 16)
-#: Most tokens for the wide kernel; beyond, blocks stay for several tiles.
-WIDE_TOKENS = 128
 #: Threads of a block of ``marlin_dequantize.cu``.
 _THREADS = 128
 _SCHEMA = (
@@ -66,7 +64,8 @@ def qlinear_marlin(
         if tiling is not None:
             out = marlin_pair.multiply(tiling, *arguments)
         else:
-            out = (marlin_wide if tokens <= WIDE_TOKENS else marlin_many).multiply(*arguments)
+            many = marlin_many.takes(row_blocks, tokens, hardware(x.device).processors)
+            out = (marlin_many if many else marlin_wide).multiply(*arguments)
     else:
         weight = dequantize(packed, out_features, x.shape[-1], group, bfloat16_scales, rows.dtype)
         out = F.linear(rows, weight, bias)
@@ -105,7 +104,8 @@ def describe(
         tiling = marlin_pair.tile(row_blocks, columns, tokens, group, at.processors, at.shared_bytes)
         if tiling is not None:
             return marlin_pair.describe(tiling, *arguments)
-        return (marlin_wide if tokens <= WIDE_TOKENS else marlin_many).describe(at, *arguments)
+        many = marlin_many.takes(row_blocks, tokens, at.processors)
+        return (marlin_many if many else marlin_wide).describe(at, *arguments)
     dense = out_features * rows.shape[1] * rows.itemsize
     written = Launch(
         "marlin_dequantize.cu:dequantize",

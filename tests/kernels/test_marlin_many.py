@@ -14,7 +14,7 @@ from torch import Tensor
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels import nvrtc
 from awqc.kernels.cuda_launch import read_source
-from awqc.kernels.marlin_many import TILE_TOKENS, Shares, fitting, multiply
+from awqc.kernels.marlin_many import TILE_TOKENS, Shares, fitting, multiply, takes
 from awqc.kernels.marlin_many import tile as cut
 from awqc.kernels.qlinear import dequantize
 from tests.kernels.on_host import COMPILER
@@ -198,3 +198,19 @@ def assert_near(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
     energy = (x.double().square() @ weight.square().t()).sqrt()
     bound = (8 * eps + 80 * sums) * energy + 2 * eps * (want.abs() + bias.double().abs())
     assert ((found.double() - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "taken"),
+    [
+        (224, 64, False),
+        (224, 65, True),
+        (128, 128, True),
+        (64, 128, False),
+        (64, 129, True),
+        (300, 128, False),
+    ],
+)
+def test_where_it_is_the_kernel_to_take(rows: int, tokens: int, taken: bool) -> None:
+    """Up to 128 tokens where one or two blocks to a tile of 128 rows are most of 132 processors."""
+    assert takes(rows, tokens, 132) == taken
