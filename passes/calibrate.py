@@ -10,8 +10,9 @@ import torch
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.memory import Kind
+from awqc.memory import FLOAT, Kind
 from awqc.observers.activations import Activations
+from awqc.observers.expert_sums import products
 from awqc.observers.input_statistics import InputStatistics, gram_block
 from awqc.observers.stages import Observer, Observers, Stages
 from awqc.observers.statistics import Statistics
@@ -40,12 +41,16 @@ class Calibrate(Pass):
             for view in views.values():  # statistics are shared by all that read the activation
                 k, tokens, block = view.in_features, rows(view) * samples, gram_block(view.in_features)
                 work["grams"] += tokens * k * (k + block if kind != "sampled" else 2 * gram_block(0))
-                work["calls"] += samples * matrices_of(view) * (8 + k // block)
+                work["calls"] += samples * (8 + k // block)
+                if isinstance(view, ExpertLinear) and kind == "full":
+                    times = products(view.count, k, tokens)
+                    work["streamed"] += times * view.count * 2 * FLOAT * k * k
+                    work["calls"] += times * (8 + k // block)
         for _, view, _ in quantized_views(observers, schemes):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)
             work["streamed"] += count * 4 * n * k
-            work["calls"] += count * 40
+            work["calls"] += len(batches(view)) * 40
         return work
 
     def run(self, graph: Graph, context: Context) -> None:

@@ -34,14 +34,15 @@ class FoldScales(Pass):
     consumes: ClassVar[tuple[type, ...]] = (Scales,)
 
     def work(self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full") -> Work:
-        # Weights are multiplied, and the linears of one sample run before and after.
+        # Weights are multiplied, samples divided, and the linears of one sample run before and after.
         work = Work()
         for observer in observers:
             for view in observer.views if observer.group is not None else ():
                 n, k, count = view.out_features, view.in_features, matrices_of(view)
-                work["streamed"] += count * 24 * n * k
+                work["streamed"] += count * (24 * n * k + 16 * k * k)
+                work["moved"] += samples * 12 * rows(view) * k
                 work["flops"] += 4 * min(rows(view), CHECKED_ROWS) * n * k
-                work["calls"] += 200
+                work["calls"] += 200 + 8 * samples
         return work
 
     def run(self, graph: Graph, context: Context) -> None:

@@ -38,7 +38,7 @@ from awqc.pipeline import Pass
 from awqc.quantization.block_objective import BlockObjective
 from awqc.quantization.clipping import clipped_grid
 from awqc.quantization.loss import gram_blocks, output_loss
-from awqc.quantization.matrices import stacked
+from awqc.quantization.matrices import batches, stacked
 from awqc.quantization.members import Member, Parts, Run, parts
 from awqc.quantization.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
 from awqc.quantization.scales import Scales
@@ -110,12 +110,15 @@ class SearchScales(Pass):
         grouped = [observer for observer in observers if observer.group is not None]
         for _, view, _ in quantized_views(grouped, graph.facts[Schemes]):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
-            sampled = count * (candidates + 2) * min(n, self.sample_rows or n)
+            rows = min(n, self.sample_rows or n)
+            sampled = count * (candidates + 2) * rows
             work["clipped"] += 2 * sampled * k * len(self.shrinks)  # input scales are divided out as well
             work["flops"] += 2 * sampled * k * gram_rows(k, kind)
             work["moved"] += 16 * sampled * k
             work["streamed"] += count * 12 * n * k
-            work["calls"] += count * (6 * candidates + 100)
+            work["calls"] += 8 * candidates + len(batches(view, candidates * rows)) * (
+                2 * (24 * len(self.shrinks) + 60)
+            )
             if self.rounding == "compensated" and kind != "sampled":
                 work["columns"] += count * 2 * k
                 work["elements"] += sampled * k
