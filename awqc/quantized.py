@@ -103,6 +103,14 @@ class Grid:
         some = slice(part.start, part.stop)
         return Grid(self.scales[some], self.zeros[some], self.scheme, self.in_features)
 
+    def some(self, matrices: slice | int | None) -> Grid:
+        """The grid of some of the E matrices ``(E, N, K)``, or of one; None makes one a stack of itself."""
+        return Grid(self.scales[matrices], self.zeros[matrices], self.scheme, self.in_features)
+
+    def each(self) -> list[Grid]:
+        """The grid of each of the E matrices ``(E, N, K)``."""
+        return [self.some(number) for number in range(len(self.scales))]
+
     def sample(self, most: int) -> Grid:
         """The grid of the rows that :func:`sample_rows` takes of a weight."""
         scales, zeros = sample_rows(self.scales, most), sample_rows(self.zeros, most)

@@ -98,8 +98,7 @@ class ClipWeights(Pass):
 
         if isinstance(view, Linear):
             return [of(part, ranks) for part in batches(view)]
-        found = ranks.map(lambda part: tuple(of(part, Ranks())), batches(view), device)
-        return [_Chosen(*each) for each in found]
+        return ranks.map(lambda part: of(part, Ranks()), batches(view), device)
 
     def _gated(self, weight: Tensor, scheme: Scheme, statistics: BatchStatistics, ranks: Ranks) -> _Chosen:
         """The grids of ``weight`` ``(B, N, K)``: clipped where that is better on held-out tokens."""

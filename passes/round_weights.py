@@ -24,7 +24,7 @@ from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
 from awqc.quantization.grids import Grids
 from awqc.quantization.loss import GATE_ROWS, output_loss
-from awqc.quantization.matrices import apart, matrices
+from awqc.quantization.matrices import batches, matrices, stacked, stacked_grid
 from awqc.quantization.rounding import (
     ColumnGrid,
     compensated_codes,
@@ -34,7 +34,7 @@ from awqc.quantization.rounding import (
     visiting_order,
 )
 from awqc.quantization.schemes import Schemes
-from awqc.quantized import Grid, QuantizedWeight, Scheme, from_codes, minmax_grid, sample_rows, stack
+from awqc.quantized import Grid, Scheme, from_codes, minmax_grid, sample_rows
 from awqc.ranks import ROWS, Ranks
 from awqc.views import ExpertLinear, Linear
 from awqc.weights import Rounded
@@ -42,23 +42,27 @@ from awqc.work import Work, gram_rows, matrices_of, quantized_views
 
 
 class _Rounded(NamedTuple):
-    """A rounded matrix, its loss on held-out tokens, and how it was rounded."""
+    """B matrices, rounded: codes ``(B, N, K)`` uint8 on a grid ``(B, N, G)``, and of each its loss on
+    held-out tokens and how it was rounded."""
 
-    weight: QuantizedWeight
-    error: float
-    rounding: str
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    errors: list[float]
+    how: list[str]
 
     @staticmethod
-    def of(
-        codes: Tensor, scales: Tensor, zeros: Tensor, scheme: Scheme, error: float, rounding: str
-    ) -> _Rounded:
-        """Inverse of :meth:`plain`."""
-        return _Rounded(QuantizedWeight(codes, scales, zeros, scheme), error, rounding)
-
-    def plain(self) -> tuple[Tensor, Tensor, Tensor, Scheme, float, str]:
-        """As processes pass it on."""
-        weight = self.weight
-        return weight.codes, weight.scales, weight.zeros, weight.scheme, self.error, self.rounding
+    def join(parts: Sequence[_Rounded]) -> _Rounded:
+        """Those of all ``parts``."""
+        if len(parts) == 1:
+            return parts[0]
+        return _Rounded(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat([part.zeros for part in parts]),
+            [error for part in parts for error in part.errors],
+            [how for part in parts for how in part.how],
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class RoundWeights(Pass):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)
             work["streamed"] += count * 40 * n * k
-            work["calls"] += count * 40
+            work["calls"] += count * 4 + len(batches(view)) * 30
             if self.method == "nearest" or kind == "sampled":
                 continue
             work["elements"] += (1 + self.sweeps) * count * n * k
@@ -95,6 +99,7 @@ class RoundWeights(Pass):
             key = observer.name, scheme, isinstance(view, ExpertLinear)
             at_once = max(1, ROUNDED_AT_ONCE // (k * max(n, k)))
             work["factored"] += 0 if key in steps else count * k**3 // 3
+            work["calls"] += 0 if key in steps else count * 60
             rows = max(1, ROUNDED_AT_ONCE // k)
             steps[key] = k * (1 + self.sweeps) * -(-count // at_once) * -(-n // rows)
         work["columns"] += sum(steps.values())
@@ -116,57 +121,53 @@ class RoundWeights(Pass):
         self, graph: Graph, context: Context, observer: Observer, views: Sequence[Linear | ExpertLinear]
     ) -> None:
         """Round ``views``, all of them linears or all of them stacks, which share an input and a scheme."""
-        schemes, chosen = graph.facts[Schemes], graph.facts.get(Grids) or Grids()
-        found: dict[str, list[_Rounded]] = {view.parameter: [] for view in views}
-        grids = {v.parameter: apart(v, chosen[v.parameter]) for v in views if v.parameter in chosen}
-        # What reads the same input is rounded as one: the work of a step is per column.
-        groups = list(zip(*map(matrices, views), strict=True))
+        scheme, chosen = graph.facts[Schemes][views[0].parameter], graph.facts.get(Grids) or Grids()
+        statistics, ranks, own = graph.facts[Statistics], context.ranks, matrices(views[0])
 
-        def rounded(part: range, ranks: Ranks) -> list[list[_Rounded]]:
-            """The matrices of ``groups`` numbered ``part``."""
-            weights = [[matrix.weight(graph.weights) for matrix in groups[index]] for index in part]
-            on = [
-                [
-                    grids[matrix.parameter][index]
-                    if matrix.parameter in grids
-                    else minmax_grid(weight, schemes[matrix.parameter])
-                    for matrix, weight in zip(groups[index], together, strict=True)
-                ]
-                for index, together in zip(part, weights, strict=True)
+        def rounded(part: range, ranks: Ranks) -> list[_Rounded]:
+            """Of each view the matrices numbered ``part``. What reads the same input is rounded as one: the
+            work of a step is per column."""
+            weights = [stacked(view, graph.weights, part) for view in views]
+            grids = [
+                stacked_grid(view, chosen[view.parameter], part)
+                if view.parameter in chosen
+                else minmax_grid(weight, scheme)
+                for view, weight in zip(views, weights, strict=True)
             ]
-            statistics = [graph.facts[Statistics].of(observer.node, groups[index][0]) for index in part]
-            grams = [each.gram for each in statistics]
-            codes = self._compensated(weights, on, grams, ranks, graph.facts[Statistics].at_once)
-            return [
-                [
-                    _better(weight, grid, codes[i][j] if codes else None, statistics[i].held_out)
-                    for j, (weight, grid) in enumerate(zip(weights[i], on[i], strict=True))
-                ]
-                for i in range(len(part))
-            ]
-
-        whole, ranks = range(len(groups)), context.ranks
-        if len(groups) == 1 or ranks.count == 1:
-            done = rounded(whole, ranks)
-        else:
-            ran = ranks.map(
-                lambda part: [[one.plain() for one in group] for group in rounded(part, Ranks())],
-                ranks.ranges(len(groups)),
-                graph.weights.device,
+            codes = self._compensated(
+                [list(each) for each in zip(*weights, strict=True)],
+                [list(each) for each in zip(*(grid.each() for grid in grids), strict=True)],
+                [statistics.of(observer.node, own[number]).gram for number in part],
+                ranks,
+                statistics.at_once,
             )
-            done = [[_Rounded.of(*one) for one in group] for part in ran for group in part]
-        for group, made in zip(groups, done, strict=True):
-            for matrix, one in zip(group, made, strict=True):
-                found[matrix.parameter].append(one)
-        for view in views:
-            each, row = found[view.parameter], context.report.linears[view.parameter]
-            row.scheme = str(schemes[view.parameter])
-            how = [one.rounding for one in each]
-            row.rounding = how[0] if len(set(how)) == 1 else f"{how.count('compensated')} compensated"
-            row.error = sum(one.error for one in each) / (row.energy or 1.0)
+
+            def better(i: int, view: Linear | ExpertLinear, run: range) -> _Rounded:
+                some = slice(run.start, run.stop)
+                held_out = statistics.batch(observer.node, view, part[some]).held_out
+                return _better(weights[i][some], grids[i].some(some), [of[i] for of in codes[some]], held_out)
+
+            return [
+                _Rounded.join([better(i, view, run) for run in batches(view) if run.start < len(part)])
+                for i, view in enumerate(views)
+            ]
+
+        if len(own) == 1 or ranks.count == 1:
+            done = [rounded(range(len(own)), ranks)]
+        else:
+            parts = ranks.ranges(len(own))
+            done = ranks.map(lambda part: rounded(part, Ranks()), parts, graph.weights.device)
+        for view, made_of in zip(views, zip(*done, strict=True), strict=True):
+            made, row = _Rounded.join(made_of), context.report.linears[view.parameter]
+            row.scheme = str(scheme)
+            row.rounding = (
+                made.how[0] if len(set(made.how)) == 1 else f"{made.how.count('compensated')} compensated"
+            )
+            row.error = sum(made.errors) / (row.energy or 1.0)
             row.steps.append((self.name, row.error))
-            weight = stack([one.weight for one in each]) if isinstance(view, ExpertLinear) else each[0].weight
-            graph.weights[view.parameter] = Rounded(weight, view.transposed)
+            whole: slice | int = slice(None) if isinstance(view, ExpertLinear) else 0
+            grid = Grid(made.scales, made.zeros, scheme, view.in_features).some(whole)
+            graph.weights[view.parameter] = Rounded(from_codes(made.codes[whole], grid), view.transposed)
 
     def _compensated(
         self,
@@ -249,16 +250,25 @@ class RoundWeights(Pass):
         return codes
 
 
-def _better(weight: Tensor, grid: Grid, compensated: Tensor | None, held_out: Gram) -> _Rounded:
-    """``weight`` ``(N, K)`` on its grid by the way of rounding that does better on held-out tokens."""
+def _better(weight: Tensor, grid: Grid, compensated: Sequence[Tensor], held_out: Gram) -> _Rounded:
+    """``weight`` ``(B, N, K)`` on its grid, each matrix by the way of rounding that does better on held-out
+    tokens; ``compensated`` are codes of each, or there are none."""
     rows, sample = sample_rows(weight, GATE_ROWS), grid.sample(GATE_ROWS)
-    error = float(output_loss(sample.nearest(rows) - rows, held_out))
-    if compensated is not None:
-        chosen_rows = sample.decode(sample_rows(compensated, GATE_ROWS))
-        improved = float(output_loss(chosen_rows - rows, held_out))
-        if improved < error:
-            return _Rounded(from_codes(compensated, grid), improved, "compensated")
-    return _Rounded(from_codes(grid.encode(weight), grid), error, "nearest")
+    nearest = output_loss(sample.nearest(rows) - rows, held_out)
+    losses = [nearest, nearest]
+    if compensated:
+        tried = sample.decode(torch.stack([sample_rows(codes, GATE_ROWS) for codes in compensated]))
+        losses[1] = output_loss(tried - rows, held_out)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    errors, how = [], []
+    for i, (one, (error, improved)) in enumerate(
+        zip(grid.each(), torch.stack(losses, 1).tolist(), strict=True)
+    ):
+        better = improved < error
+        codes[i] = compensated[i] if better else one.encode(weight[i])
+        errors.append(improved if better else error)
+        how.append("compensated" if better else "nearest")
+    return _Rounded(codes, grid.scales, grid.zeros, errors, how)
 
 
 def join(grids: list[Grid]) -> Grid:

@@ -61,11 +61,6 @@ def stacked(view: Linear | ExpertLinear, weights: Weights, part: range) -> Tenso
     return (value[part.start : part.stop] if isinstance(view, ExpertLinear) else value[None]).float()
 
 
-def apart(view: Linear | ExpertLinear, grid: Grid) -> list[Grid]:
-    """The grid of each matrix, from that of all that ``view`` holds."""
-    if isinstance(view, Linear):
-        return [grid]
-    return [
-        Grid(scales, zeros, grid.scheme, grid.in_features)
-        for scales, zeros in zip(grid.scales, grid.zeros, strict=True)
-    ]
+def stacked_grid(view: Linear | ExpertLinear, grid: Grid, part: range) -> Grid:
+    """The grids ``(B, N, G)`` of the matrices numbered ``part``, from that of all that ``view`` holds."""
+    return grid.some(slice(part.start, part.stop) if isinstance(view, ExpertLinear) else None)
