@@ -300,8 +300,11 @@ class _Runner:
                 self.flags.write(current.name, self.graph.text(), "")  # no nodes have changed
 
     def _read_ahead(self, stages: Stages, number: int) -> None:
-        """Let the weights of the next stage be read while this one is worked on."""
-        views = [v for s in stages.stages[number + 1 : number + 2] for o in s.observers for v in o.views]
+        """Let the weights of the next stages be read while this one is worked on: of two, since the next may
+        have few and the one after it a layer's experts. On a CPU they would take of the same memory."""
+        ahead = 1 if self.graph.weights.device.type == "cpu" else 2
+        following = stages.stages[number + 1 : number + 1 + ahead]
+        views = [v for s in following for o in s.observers for v in o.views]
         self.graph.weights.prefetch(view.parameter for view in views)
 
     def _activations(self, stages: Stages) -> Activations:
