@@ -22,11 +22,11 @@ from awqc.observers.grams import Gram
 from awqc.observers.stages import Observer
 from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
+from awqc.quantization.columns import ColumnGrid
 from awqc.quantization.grids import Grids
 from awqc.quantization.loss import GATE_ROWS, output_loss
 from awqc.quantization.matrices import batches, matrices, stacked, stacked_grid
 from awqc.quantization.rounding import (
-    ColumnGrid,
     compensated_codes,
     descend,
     feedback,

@@ -37,10 +37,11 @@ from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
 from awqc.quantization.block_objective import BlockObjective
 from awqc.quantization.clipping import clipped_grid
+from awqc.quantization.columns import ColumnGrid
 from awqc.quantization.loss import gram_blocks, output_loss
 from awqc.quantization.matrices import batches, stacked
 from awqc.quantization.members import Member, Parts, Run, parts
-from awqc.quantization.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
+from awqc.quantization.rounding import compensated_codes, feedback, in_place, visiting_order
 from awqc.quantization.scales import Scales
 from awqc.quantization.schemes import Schemes
 from awqc.quantized import Grid, Scheme, sample_rows

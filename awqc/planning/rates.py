@@ -19,8 +19,9 @@ from awqc.memory import added_rows
 from awqc.observers.input_statistics import InputStatistics, gram_block
 from awqc.observers.products import RoundedLinear, gram_products, propagation_dtype
 from awqc.quantization.clipping import clipped_grid
+from awqc.quantization.columns import ColumnGrid
 from awqc.quantization.loss import gram_blocks
-from awqc.quantization.rounding import ColumnGrid, compensated_codes, feedback, visiting_order
+from awqc.quantization.rounding import compensated_codes, feedback, visiting_order
 from awqc.quantized import Scheme, minmax_grid, quantize
 from awqc.runtime.lowering import lower_linear
 from awqc.work import Work

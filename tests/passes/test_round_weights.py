@@ -14,9 +14,10 @@ from awqc.graph import Graph
 from awqc.observers.statistics import Statistics
 from awqc.passes.clip_weights import ClipWeights
 from awqc.passes.round_weights import RoundWeights
+from awqc.quantization.columns import ColumnGrid
 from awqc.quantization.grids import Grids
 from awqc.quantization.loss import output_loss
-from awqc.quantization.rounding import ColumnGrid, compensated_codes, feedback, in_place, visiting_order
+from awqc.quantization.rounding import compensated_codes, feedback, in_place, visiting_order
 from awqc.quantization.schemes import Schemes
 from awqc.quantized import Grid, Scheme, minmax_grid, quantize
 from awqc.report import LinearRow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import awqc.quantization.rounding
+from awqc.quantization.columns import ColumnGrid
 from awqc.quantization.loss import output_loss
 from awqc.quantization.rounding import (
-    ColumnGrid,
     compensated_codes,
     descend,
     feedback,
@@ -252,27 +250,3 @@ def test_several_weights_at_once_are_rounded_as_each_alone() -> None:
     assert found.shape == (width, count, rows)
     for i in range(count):
         assert torch.equal(found[:, i], compensated_codes(weights[i], columns[i], factors[i], orders[i]))
-
-
-class Replayed(awqc.quantization.rounding._Recorded):
-    """A recording without a device: its graph is the steps themselves, on the same memory."""
-
-    def __init__(self, memory: awqc.quantization.rounding._Block) -> None:
-        self.memory = memory
-        self.graph: Any = SimpleNamespace(replay=lambda: awqc.quantization.rounding._round_block(memory))
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_what_is_recorded_goes_through_its_own_memory(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, grid, gram = problem()
-    order = visiting_order(gram)
-    factor, columns = feedback(gram, order), ColumnGrid.of(grid, order)
-    arguments = (weight, columns, factor, order)
-    if several:
-        pairs = (torch.stack([t, t]) for t in (weight, factor, order))
-        two, factors, orders = pairs
-        arguments = (two, ColumnGrid.stack([columns, columns]), factors, orders)
-    expected = compensated_codes(*arguments)
-    monkeypatch.setattr(awqc.quantization.rounding, "_is_recorded", lambda target: True)
-    monkeypatch.setattr(awqc.quantization.rounding, "_Recorded", Replayed)
-    assert torch.equal(compensated_codes(*arguments), expected)
