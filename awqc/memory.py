@@ -36,11 +36,10 @@ _ADDED_ROWS, _ADDED_SHARE, _OF_EXPERT = 2048, 2, 4
 ROUNDED_AT_ONCE, _ROUNDING_SHARE = 1 << 26, 0.75
 #: Elements of weights or of Gram matrices of experts that other passes handle at once.
 BATCHED = 1 << 24
-#: Copies in float32 of what is rounded at once: its rows joined, permuted, what is wanted of them or their
-#: codes, and scales and zero points of every column. Of experts some of these are there apart and joined, and
-#: so are factors, which are as large. Of all weights that read an input there are codes in bytes, twice.
-#: Other passes need a few temporary copies of a weight beside it.
-_ROUNDING_COPIES, _EXPERT_COPIES, _CODES_BYTES, _OTHER_COPIES = 5, 10, 2, 5
+#: Copies in float32 of what is rounded at once: its rows joined, what is wanted of them, and its grid. Of all
+#: weights that read an input there are codes in bytes, twice. Other passes need a few temporary copies of a
+#: weight beside it.
+_ROUNDING_COPIES, _CODES_BYTES, _OTHER_COPIES = 2.25, 2, 5
 #: The same of experts that other passes handle at once: candidates of their scales, the grids of these spread
 #: over columns, errors, and Gram matrices.
 _BATCH_COPIES = 9
@@ -193,18 +192,27 @@ def working_bytes(observer: Observer, kind: Kind, compensated: bool, at_once: in
     """What the passes over the linears of ``observer`` need at most beside weights and statistics, if so many
     elements are rounded at once."""
     views, width = observer.views, observer.in_features
-    gram, most = FLOAT * width * width, max(at_once, width)
-    joined = width * sum(v.out_features for v in observer.linears)
-    linears = gram + max(
-        int(_FACTORING * gram), _ROUNDING_COPIES * FLOAT * min(joined, most) + _CODES_BYTES * joined
+    gram = FLOAT * width * width
+
+    def rounding(rows: int, elements: int) -> int:
+        """Of weights with so many rows, so many elements at once."""
+        return int(_ROUNDING_COPIES * FLOAT * elements) + _CODES_BYTES * rows * width
+
+    rows = sum(v.out_features for v in observer.linears)
+    linears = gram + max(int(_FACTORING * gram), rounding(rows, min(rows * width, max(at_once, width))))
+    rows, count = (
+        sum(v.out_features for v in observer.stacks),
+        max((v.count for v in observer.stacks), default=0),
     )
-    stacked = max((width * v.out_features * v.count for v in observer.stacks), default=0)
-    experts = _EXPERT_COPIES * FLOAT * min(stacked, most) + _CODES_BYTES * stacked
+    together = min(count, max(1, at_once // (width * max(rows, width))))
+    # Of experts that are rounded together there are all factors, and one that is copied to them.
+    experts = (together + 1) * gram + rounding(count * rows, together * rows * width)
     other = _OTHER_COPIES * FLOAT * max(v.out_features for v in views) * width
+    stacked = max((width * v.out_features * v.count for v in observer.stacks), default=0)
     other = max(other, _BATCH_COPIES * FLOAT * min(stacked, BATCHED))
     if not compensated or kind == "sampled":
         return other
-    return max(linears if observer.linears else 0, experts, other)
+    return max(linears if observer.linears else 0, experts if count else 0, other)
 
 
 def observing_bytes(observers: Iterable[Observer], kind: Kind, group: int) -> int:
@@ -253,7 +261,7 @@ def rounded_at_once(
         return ROUNDED_AT_ONCE
     there = limit.device or torch.cuda.get_device_properties(device).total_memory
     room = max(there - stage_bytes(observers, kind, group, True, activations), 0)
-    return ROUNDED_AT_ONCE + int(_ROUNDING_SHARE * room) // (_EXPERT_COPIES * FLOAT)
+    return ROUNDED_AT_ONCE + int(_ROUNDING_SHARE * room / ((1 + _ROUNDING_COPIES) * FLOAT))
 
 
 def kinds_on(device: torch.device) -> list[Kind]:

@@ -189,41 +189,38 @@ class RoundWeights(Pass):
         found = []
         for start in range(0, len(weights), at_once):
             chunk = range(start, min(start + at_once, len(weights)))
-            here = [full[e].to(device) for e in chunk]
-            orders = [visiting_order(gram) for gram in here]
-            factors = [feedback(gram, order) for gram, order in zip(here, orders, strict=True)]
-            together = [join(grids[e]) for e in chunk]
+            these = [join(grids[e]) for e in chunk]
             if len(chunk) == 1:
-                codes = [
-                    self._rows(weights[start], together[0], factors[0], here[0], orders[0], ranks, elements)
-                ]
+                codes = [self._rows(weights[start], these[0], full[start].to(device), ranks, elements)]
             else:
-                joined = [torch.cat(weights[e]) if len(weights[e]) > 1 else weights[e][0] for e in chunk]
-                columns = [ColumnGrid.of(grid, order) for grid, order in zip(together, orders, strict=True)]
-                grid = ColumnGrid.stack(columns)
-                stacked = compensated_codes(
-                    torch.stack(joined), grid, torch.stack(factors), torch.stack(orders)
-                )
-                codes = [
-                    self._swept(one, joined[i], columns[i], here[i], orders[i])
-                    for i, one in enumerate(stacked.unbind(1))
-                ]
-            for i, e in enumerate(chunk):
-                found.append(list(in_place(codes[i], orders[i]).split([len(w) for w in weights[e]])))
+                codes = self._experts([weights[e] for e in chunk], these, [full[e] for e in chunk])
+            for e, made in zip(chunk, codes, strict=True):
+                found.append(list(made.split([len(w) for w in weights[e]])))
         return found
 
-    def _rows(
-        self,
-        weights: list[Tensor],
-        grid: Grid,
-        factor: Tensor,
-        gram: Tensor,
-        order: Tensor,
-        ranks: Ranks,
-        elements: int,
-    ) -> Tensor:
-        """Codes ``(K, N)`` of the rows of ``weights``, some at a time, and some by each process: no row knows
+    def _experts(self, weights: list[list[Tensor]], grids: list[Grid], grams: list[Tensor]) -> list[Tensor]:
+        """Codes ``(N, K)`` of the rows of each of ``weights``, from one run over the columns of all."""
+        first, count = weights[0][0], len(weights)
+        k = first.shape[1]
+        rows = first.new_empty(count, sum(len(weight) for weight in weights[0]), k)
+        factors, orders, columns = first.new_empty(count, k, k), list[Tensor](), list[ColumnGrid]()
+        for i, gram in enumerate(grams):
+            here = gram.to(first.device)
+            orders.append(visiting_order(here))
+            factors[i] = feedback(here, orders[i])
+            columns.append(ColumnGrid.of(grids[i], orders[i]))
+            torch.cat(weights[i], out=rows[i])
+        codes = compensated_codes(rows, ColumnGrid.stack(columns), factors, torch.stack(orders))
+        return [
+            in_place(self._swept(one, rows[i], columns[i], grams[i], orders[i]), orders[i])
+            for i, one in enumerate(codes.unbind(1))
+        ]
+
+    def _rows(self, weights: list[Tensor], grid: Grid, gram: Tensor, ranks: Ranks, elements: int) -> Tensor:
+        """Codes ``(N, K)`` of the rows of ``weights``, some at a time, and some by each process: no row knows
         of another."""
+        order = visiting_order(gram)
+        factor = feedback(gram, order)
         bounds = list(accumulate((len(weight) for weight in weights), initial=0))
 
         def some(part: range) -> Tensor:
@@ -235,18 +232,19 @@ class RoundWeights(Pass):
             rows = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
             columns = ColumnGrid.of(grid.rows(part), order)
             codes = compensated_codes(rows, columns, factor, order)
-            return self._swept(codes, rows, columns, gram, order).to(torch.uint8)
+            return self._swept(codes, rows, columns, gram, order)
 
         def of(part: range) -> Tensor:
             at_once = max(ROWS, elements // grid.in_features // ROWS * ROWS)
             starts = range(part.start, part.stop, at_once)
             return torch.cat([some(range(at, min(at + at_once, part.stop))) for at in starts], 1)
 
-        return torch.cat(ranks.map(of, ranks.ranges(bounds[-1], ROWS), gram.device), 1)
+        codes = torch.cat(ranks.map(of, ranks.ranges(bounds[-1], ROWS), gram.device), 1)
+        return in_place(codes, order)
 
     def _swept(self, codes: Tensor, weight: Tensor, grid: ColumnGrid, gram: Tensor, order: Tensor) -> Tensor:
         for _ in range(self.sweeps):
-            codes = descend(codes, weight, grid, gram, order)
+            codes = descend(codes, weight, grid, gram.to(weight.device), order)
         return codes
 
 

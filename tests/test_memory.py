@@ -78,8 +78,8 @@ def observer(width: int, *rows: int) -> Any:
     [
         # The down projection of 8 and of 70 billion parameters, and the pair in front of it.
         ((14336, 4096), 8.5, GPU, "full"),
-        ((14336, 4096), 6.0, GPU, "offloaded"),
-        ((14336, 4096), 6.0, CPU, "sampled"),
+        ((14336, 4096), 5.5, GPU, "offloaded"),
+        ((14336, 4096), 5.5, CPU, "sampled"),
         ((4096, 14336, 14336), 8.5, GPU, "full"),
         ((28672, 8192), 20.4, GPU, "full"),
         ((28672, 8192), 16.0, GPU, "offloaded"),

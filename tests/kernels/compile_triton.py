@@ -18,9 +18,10 @@ from triton.compiler import ASTSource
 from awqc.kernels.jit.dequantize_triton import dequantize
 from awqc.kernels.jit.experts_triton import experts_gemm
 from awqc.kernels.jit.gemm_triton import add_shares, gemm
+from awqc.quantization.columns_triton import round_columns
 
 #: Numbers that are multiples of 16 for weights of usual sizes, which decides how wide loads are.
-MULTIPLES = ("n", "k", "rows", "size")
+MULTIPLES = ("n", "k", "rows", "size", "weight_expert", "weight_row", "factor_expert", "factor_column")
 
 
 def compiled(
