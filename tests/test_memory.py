@@ -100,7 +100,7 @@ def test_without_a_limit_all_is_held() -> None:
 
 
 def test_a_small_host_takes_no_gram_matrices() -> None:
-    limits = MemoryLimit(6 * 10**9, 10**9)
+    limits = MemoryLimit(55 * 10**8, 10**9)
     assert choose_kind([observer(14336, 4096)], limits, GPU, 128, True, 1 << 31) == "sampled"
 
 

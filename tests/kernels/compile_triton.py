@@ -25,9 +25,9 @@ MULTIPLES = ("n", "k", "rows", "size", "weight_expert", "weight_row", "factor_ex
 
 
 def compiled(
-    kernel: Any, target: GPUTarget, types: dict[str, str], constants: dict[str, Any]
-) -> dict[str, Any]:
-    """The assembly of ``kernel`` by kind, as a launch with these arguments would compile it."""
+    kernel: Any, target: GPUTarget, types: dict[str, str], constants: dict[str, Any], **options: Any
+) -> dict[str, int]:
+    """What ``kernel`` becomes, as a launch with these arguments and options would compile it."""
     names = kernel.arg_names
     types = {**types, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(
@@ -40,11 +40,19 @@ def compiled(
             if types[name].startswith("*") or name in MULTIPLES
         },
     )
-    return triton.compile(source, target=target, options={"num_warps": 2}).asm
+    asm = triton.compile(source, target=target, options={"num_warps": 2, **options}).asm
+    nvidia = target.backend == "cuda"
+    text = asm["ptx" if nvidia else "amdgcn"]
+    return {
+        "code": len(asm["cubin" if nvidia else "hsaco"]),
+        "copies": text.count("cp.async.cg.shared") + text.count("cp.async.ca.shared"),
+        "products": text.count("mma.sync" if nvidia else "mfma"),
+        "quotients": text.count("div.rn.f32" if nvidia else "v_div_fixup_f32"),
+    }
 
 
 def main() -> None:
-    """One line of JSON: for each kernel, its copies in flight and its matrix instructions."""
+    """One line of JSON: for each kernel, its copies in flight, matrix instructions and exact divisions."""
     backend, _, arch = sys.argv[1].partition(":")
     nvidia = backend == "cuda"
     target = GPUTarget("cuda", int(arch), 32) if nvidia else GPUTarget("hip", arch, 64)
@@ -100,13 +108,21 @@ def main() -> None:
             ),
         }
         for name, (kernel, types, constants) in launches.items():
-            asm = compiled(kernel, target, types, constants)
-            text = asm["ptx" if nvidia else "amdgcn"]
-            found[f"{name}-{dtype}"] = {
-                "code": len(asm["cubin" if nvidia else "hsaco"]),
-                "copies": text.count("cp.async.cg.shared") + text.count("cp.async.ca.shared"),
-                "products": text.count("mma.sync" if nvidia else "mfma"),
-            }
+            found[f"{name}-{dtype}"] = compiled(kernel, target, types, constants)
+    floats = {f"{name}_ptr": "*fp32" for name in ("weight", "wanted", "scales", "zeros", "factor")}
+    pointers = {**floats, "order_ptr": "*i64", "rows_ptr": "*i64", "codes_ptr": "*u8"}
+    sizes = ("start", "count", "n", "k", "weight_expert", "weight_row", "factor_expert", "factor_column")
+    # A weight lies row by row, the feedback column by column.
+    constants = {"weight_column": 1, "factor_row": 1, "top": 15.0}
+    cut = {"at_once": 32, "unrolled": 8, "block_n": 32}
+    found["round_columns"] = compiled(
+        round_columns,
+        target,
+        {**pointers, **dict.fromkeys(sizes, "i32")},
+        {**constants, **cut},
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
     print(json.dumps(found))
 
 
