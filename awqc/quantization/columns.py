@@ -91,6 +91,10 @@ class Columns:
         wanted = _visited(weight, order)
         return Columns(weight, order, grid, factor, wanted, torch.empty_like(wanted, dtype=torch.uint8))
 
+    def target(self, start: int, end: int) -> Tensor:
+        """The weights ``(B, N)`` or ``(B, E, N)`` of the columns visited from ``start`` to ``end``."""
+        return _visited(self.weight, self.order[..., start:end])
+
 
 def _visited(weight: Tensor, order: Tensor) -> Tensor:
     """The columns ``order`` of ``weight`` as contiguous rows, so that each step touches one run of memory."""
@@ -102,21 +106,17 @@ def round_block(columns: Columns, start: int, end: int) -> None:
     """Round the columns visited from ``start`` to ``end``: their codes, and their errors in the place of what
     was wanted. Errors are added to the columns of the block only."""
     wanted, codes = columns.wanted[start:end], columns.codes[start:end]
-    target = _visited(columns.weight, columns.order[..., start:end])
+    target = columns.target(start, end)
     scales, zeros = columns.grid.part(start, end)
     pull, top = columns.factor[..., start:end, start:end], float(columns.grid.levels - 1)
-    several = wanted.ndim == 3
-    if several:
-        pull = pull.movedim(0, -1).unsqueeze(-1)  # (B, B, E, 1)
+    pull = pull.movedim((-2, -1), (0, 1)).unsqueeze(-1)  # (B, B, 1) or (B, B, E, 1)
     for i in range(len(wanted)):
         scale, zero = scales[i], zeros[i]
         code = torch.div(wanted[i], scale).round_().add_(zero).clamp_(0.0, top)
         codes[i] = code
         error = torch.sub(target[i], code.sub_(zero).mul_(scale), out=wanted[i])
-        if i + 1 < len(wanted) and several:
+        if i + 1 < len(wanted):
             wanted[i + 1 :].addcmul_(pull[i, i + 1 :], error)
-        elif i + 1 < len(wanted):
-            wanted[i + 1 :].addr_(pull[i, i + 1 :], error)
 
 
 def has_kernel(weight: Tensor) -> bool:
@@ -128,13 +128,12 @@ def round_block_by_kernel(columns: Columns, start: int, end: int) -> None:
     """:func:`round_block` in one launch; with the bits of the device's own ops."""
     from awqc.quantization.columns_triton import round_columns
 
-    weight, factor, grid = columns.weight, columns.factor, columns.grid
-    experts = weight.shape[0] if weight.ndim == 3 else 1
-    n, k = weight.shape[-2:]
-    with torch.cuda.device_of(weight):
+    target, factor, grid = columns.target(start, end), columns.factor, columns.grid
+    experts = target.shape[1] if target.ndim == 3 else 1
+    n = target.shape[-1]
+    with torch.cuda.device_of(target):
         round_columns[(-(-n // _ROWS), experts)](
-            weight,
-            columns.order,
+            target,
             columns.wanted,
             grid.scales,
             grid.zeros,
@@ -144,9 +143,8 @@ def round_block_by_kernel(columns: Columns, start: int, end: int) -> None:
             start,
             end - start,
             n,
-            k,
-            *_strides(weight),
-            *_strides(factor),
+            factor.stride(0) if factor.ndim == 3 else 0,
+            *factor.stride()[-2:],
             top=float(grid.levels - 1),
             at_once=_AT_ONCE,
             unrolled=_UNROLLED,
@@ -155,9 +153,3 @@ def round_block_by_kernel(columns: Columns, start: int, end: int) -> None:
             # Products and sums are rounded apart, as torch does, but where the kernel says otherwise.
             enable_fp_fusion=False,
         )
-
-
-def _strides(matrices: Tensor) -> tuple[int, int, int]:
-    """From one expert, row and column to the next."""
-    expert = matrices.stride(0) if matrices.ndim == 3 else 0
-    return expert, matrices.stride(-2), matrices.stride(-1)

@@ -15,8 +15,7 @@ def nearest(x):
 
 @triton.jit(do_not_specialize=["start", "count"])
 def round_columns(
-    weight_ptr,
-    order_ptr,
+    target_ptr,
     wanted_ptr,
     scales_ptr,
     zeros_ptr,
@@ -26,10 +25,6 @@ def round_columns(
     start,
     count,
     n,
-    k,
-    weight_expert,
-    weight_row,
-    weight_column,
     factor_expert,
     factor_row,
     factor_column,
@@ -45,8 +40,7 @@ def round_columns(
     the block before them left: no program needs another's rows, so a block is one launch.
 
     Args:
-        weight_ptr: float32 with the strides ``weight_expert``, ``weight_row``, ``weight_column``.
-        order_ptr: ``(experts, k)`` int64.
+        target_ptr: ``(count, experts, n)`` float32, these columns of the weight.
         wanted_ptr, codes_ptr: ``(k, experts, n)`` float32 and uint8.
         scales_ptr, zeros_ptr: ``(rows, experts, n)`` float32.
         rows_ptr: ``(k, experts)`` int64, the row of each column.
@@ -60,8 +54,7 @@ def round_columns(
     run = experts.to(tl.int64) * n
     at = expert * n + row
     first = tl.full((), start, tl.int64)
-    weight_ptr += expert * weight_expert + row.to(tl.int64) * weight_row
-    order_ptr += expert * k + first
+    target_ptr += at
     rows_ptr += first * experts + expert
     wanted_ptr += first * run + at
     codes_ptr += first * run + at
@@ -83,18 +76,16 @@ def round_columns(
                 error = tl.load(wanted_ptr + i * run, mask=mask, other=0.0)
                 pull = tl.load(pulls_ptr + i * next_row, mask=inside, other=0.0)
                 wanted = add_product(wanted, pull, error)
-        # What a column needs comes from all over memory: it is asked for a column ahead.
-        source = tl.load(order_ptr + begin)
+        # What a column needs is asked for a column ahead.
         grid = tl.load(rows_ptr + begin * experts) * run
-        target = tl.load(weight_ptr + source * weight_column, mask=mask, other=0.0)
+        target = tl.load(target_ptr + begin * run, mask=mask, other=0.0)
         scale = tl.load(scales_ptr + grid, mask=mask, other=1.0)
         zero = tl.load(zeros_ptr + grid, mask=mask, other=0.0)
         for i in range(0, tl.minimum(at_once, count - begin)):
             here = begin + i
             ahead = tl.minimum(here + 1, count - 1)
-            source = tl.load(order_ptr + ahead)
             grid = tl.load(rows_ptr + ahead * experts) * run
-            next_target = tl.load(weight_ptr + source * weight_column, mask=mask, other=0.0)
+            next_target = tl.load(target_ptr + ahead * run, mask=mask, other=0.0)
             next_scale = tl.load(scales_ptr + grid, mask=mask, other=1.0)
             next_zero = tl.load(zeros_ptr + grid, mask=mask, other=0.0)
             pull = tl.load(pulls_ptr + here * next_row, mask=inside & (index > i), other=0.0)

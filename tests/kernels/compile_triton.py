@@ -21,7 +21,7 @@ from awqc.kernels.jit.gemm_triton import add_shares, gemm
 from awqc.quantization.columns_triton import round_columns
 
 #: Numbers that are multiples of 16 for weights of usual sizes, which decides how wide loads are.
-MULTIPLES = ("n", "k", "rows", "size", "weight_expert", "weight_row", "factor_expert", "factor_column")
+MULTIPLES = ("n", "k", "rows", "size", "factor_expert", "factor_column")
 
 
 def compiled(
@@ -109,11 +109,11 @@ def main() -> None:
         }
         for name, (kernel, types, constants) in launches.items():
             found[f"{name}-{dtype}"] = compiled(kernel, target, types, constants)
-    floats = {f"{name}_ptr": "*fp32" for name in ("weight", "wanted", "scales", "zeros", "factor")}
-    pointers = {**floats, "order_ptr": "*i64", "rows_ptr": "*i64", "codes_ptr": "*u8"}
-    sizes = ("start", "count", "n", "k", "weight_expert", "weight_row", "factor_expert", "factor_column")
-    # A weight lies row by row, the feedback column by column.
-    constants = {"weight_column": 1, "factor_row": 1, "top": 15.0}
+    floats = {f"{name}_ptr": "*fp32" for name in ("target", "wanted", "scales", "zeros", "factor")}
+    pointers = {**floats, "rows_ptr": "*i64", "codes_ptr": "*u8"}
+    sizes = ("start", "count", "n", "k", "factor_expert", "factor_column")
+    # The feedback lies column by column.
+    constants = {"factor_row": 1, "top": 15.0}
     cut = {"at_once": 32, "unrolled": 8, "block_n": 32}
     found["round_columns"] = compiled(
         round_columns,
