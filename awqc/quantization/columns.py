@@ -59,9 +59,8 @@ class ColumnGrid:
 
     def part(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Scales and zeros ``(B, N)`` or ``(B, E, N)`` of the columns that are visited from ``start`` on."""
-        rows = self.rows[start:end].unsqueeze(-1)
-        rows = rows.expand(end - start, *self.scales.shape[1:])
-        return self.scales.gather(0, rows), self.zeros.gather(0, rows)
+        rows = self.rows[start:end]
+        return _taken(self.scales, rows), _taken(self.zeros, rows)
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,14 @@ class Columns:
 
 def _visited(weight: Tensor, order: Tensor) -> Tensor:
     """The columns ``order`` of ``weight`` as contiguous rows, so that each step touches one run of memory."""
-    index = order.movedim(-1, 0).unsqueeze(-1)
-    return weight.movedim(-1, 0).gather(0, index.expand(*index.shape[:-1], weight.shape[-2]))
+    return _taken(weight.movedim(-1, 0), order.movedim(-1, 0))
+
+
+def _taken(values: Tensor, rows: Tensor) -> Tensor:
+    """``rows`` ``(B,)`` of ``values`` ``(R, N)``; or ``(B, E)`` of ``(R, E, N)``, of each weight its own."""
+    if values.ndim == 2:
+        return values.index_select(0, rows)
+    return values.gather(0, rows.unsqueeze(-1).expand(*rows.shape, values.shape[-1]))
 
 
 def round_block(columns: Columns, start: int, end: int) -> None:
