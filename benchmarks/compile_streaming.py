@@ -6,10 +6,10 @@
     python benchmarks/compile_streaming.py MODEL OUT --max-memory 1.5GB --samples 4 --seq-len 128
 
 Calibration is ``MODEL/calibration.jsonl`` unless another file is given. Runs once in a fresh process; nothing
-is warmed up. Peak host memory is that of the process, imports included; device memory is what torch's
-allocator has taken from the device, and what of that was in use. The largest term comes first. ``--seconds``
-ends a run that takes longer and prints what the journal holds of it; the next run continues from there. What
-``--json`` writes is read by ``plan.py --seen``.
+is warmed up. Peak host memory is that of the process, imports included, with what it consisted of and when it
+was; device memory is what torch's allocator has taken from the device, and what of that was in use. The
+largest term comes first. ``--seconds`` ends a run that takes longer and prints what the journal holds of it;
+the next run continues from there. What ``--json`` writes is read by ``plan.py --seen``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ import platform
 import resource
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
+
+#: Where the system says what memory a process uses.
+STATUS = Path("/proc/self/status")
 
 
 def main() -> int:
@@ -61,6 +65,7 @@ def main() -> int:
         signal.alarm(options.seconds)
     where = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
     print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
+    watched = Resident()
     start = time.perf_counter()
     try:
         found = compile_to(
@@ -88,9 +93,43 @@ def main() -> int:
     places = [place for place in ("host", "device", "taken") if place in figures]
     sizes = ", ".join(f"{place} {figures[place] / 1e9:.2f} GB" for place in places)
     print(f"imports {imported:.1f} s, compile {total:.1f} s, {sizes}")
+    print(watched.text())
     if options.json:
         options.json.write_text(json.dumps(figures))
     return 0
+
+
+class Resident(threading.Thread):
+    """Looks, twenty times a second, at what the memory of this process consists of; keeps the most."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most: dict[str, int] = {}
+        self.at = 0.0
+        self.start()
+
+    def run(self) -> None:
+        """Until the process ends."""
+        began = time.perf_counter()
+        while STATUS.is_file():
+            lines = [line.split() for line in STATUS.read_text().splitlines()]
+            found = {
+                words[0]: 1024 * int(words[1])
+                for words in lines
+                if words[0][:5] in ("VmRSS", "RssAn", "RssFi")
+            }
+            if found["VmRSS:"] > self.most.get("VmRSS:", 0):
+                self.most, self.at = found, time.perf_counter() - began
+            time.sleep(0.05)
+
+    def text(self) -> str:
+        """One line."""
+        if not self.most:
+            return "what host memory consists of is not known on this system"
+        whole, own, files = (self.most[name] / 1e9 for name in ("VmRSS:", "RssAnon:", "RssFile:"))
+        shared = whole - own - files
+        parts = f"own {own:.2f}, files {files:.2f}, shared or page-locked {shared:.2f}"
+        return f"host {whole:.2f} GB after {self.at:.1f} s: {parts}"
 
 
 def table(seconds: dict[str, float], total: float) -> None:
