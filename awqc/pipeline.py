@@ -64,7 +64,8 @@ class Pass(ABC):
         """What :meth:`run` will do to a stage with these ``observers``, for plans; None if it is not known.
 
         Args:
-            graph: with shapes alone; its weights may not be read.
+            graph: with shapes alone; its weights may not be read. What the stage needs of memory is among
+                its facts, as :class:`awqc.needs.StageNeeds`.
             samples: calibration sequences of the shape that the graph has.
             kind: how the statistics of the stage are held.
         """

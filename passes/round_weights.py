@@ -7,6 +7,7 @@ lowers the error on held-out tokens, each expert by its own. Without it in the p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +19,7 @@ from torch import Tensor
 from awqc.context import Context
 from awqc.graph import Graph
 from awqc.memory import ROUNDED_AT_ONCE, Kind
+from awqc.needs import StageNeeds
 from awqc.observers.grams import Gram
 from awqc.observers.stages import Observer
 from awqc.observers.statistics import Statistics
@@ -85,7 +87,9 @@ class RoundWeights(Pass):
     sweeps: int = 0
 
     def work(self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full") -> Work:
-        work, steps = Work(), dict[tuple[str, Scheme, bool], int]()
+        work, joined = Work(), Counter[tuple[str, Scheme, int, int]]()
+        needs = graph.facts.get(StageNeeds)
+        elements = ROUNDED_AT_ONCE if needs is None else needs.at_once
         for observer, view, scheme in quantized_views(observers, graph.facts[Schemes]):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)
@@ -96,13 +100,13 @@ class RoundWeights(Pass):
             work["elements"] += (1 + self.sweeps) * count * n * k
             work["flops"] += (1 + self.sweeps) * count * n * k * k
             # Steps are shared by all that read an input; so are factors, and some experts at a time.
-            key = observer.name, scheme, isinstance(view, ExpertLinear)
-            at_once = max(1, ROUNDED_AT_ONCE // (k * max(n, k)))
-            work["factored"] += 0 if key in steps else count * k**3 // 3
-            work["calls"] += 0 if key in steps else count * 60
-            rows = max(1, ROUNDED_AT_ONCE // k)
-            steps[key] = k * (1 + self.sweeps) * -(-count // at_once) * -(-n // rows)
-        work["columns"] += sum(steps.values())
+            key = observer.name, scheme, k, count
+            work["factored"] += 0 if key in joined else count * k**3 // 3
+            work["calls"] += 0 if key in joined else count * 60
+            joined[key] += n
+        for (_, _, k, count), n in joined.items():
+            at_once, rows = max(1, elements // (k * max(n, k))), max(1, elements // k)
+            work["columns"] += k * (1 + self.sweeps) * -(-count // at_once) * -(-n // rows)
         return work
 
     def run(self, graph: Graph, context: Context) -> None:

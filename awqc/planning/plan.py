@@ -186,7 +186,7 @@ def plan(
         one, cast = run(nodes, rounded), weights_read(nodes)
         moving = {"run-tokens": max_calib_samples * rates.seconds(one) + rates.seconds(cast)}
         if stage is not None:
-            need = next(of_stage)
+            need = graph.facts[StageNeeds] = next(of_stage)
             works = {
                 each.name: each.work(graph, stage.observers, max_calib_samples, need.kind) for each in staged
             }
