@@ -126,6 +126,8 @@ class StageCheck:
             x = values[view.x].flatten(0, -2)[:CHECKED_ROWS]
             bias = None if view.bias is None else weights[str(view.bias.target)]
             values[node] = F.linear(x, view.weight(weights[view.parameter]), bias)
+        # What lies before the stage was read to see what a fold does there; it is as large as the stage.
+        weights.release(view.parameter for o in self.stage.observers for view in o.views)
         return {node: values[node] for node in self._wanted}
 
     def _stored_rounding(self) -> float:
