@@ -35,7 +35,7 @@ _ADDED_ROWS, _ADDED_SHARE, _OF_EXPERT = 2048, 2, 4
 #: share of what a GPU has left beside a stage that more of them may take.
 ROUNDED_AT_ONCE, _ROUNDING_SHARE = 1 << 26, 0.75
 #: Elements of weights or of Gram matrices of experts that other passes handle at once.
-BATCHED = 1 << 24
+BATCHED = 1 << 25
 #: Copies in float32 of what is rounded at once: its rows joined, what is wanted of them, and its grid. Of all
 #: weights that read an input there are codes in bytes, twice. Other passes need a few temporary copies of a
 #: weight beside it.
