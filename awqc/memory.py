@@ -42,7 +42,7 @@ BATCHED = 1 << 25
 _ROUNDING_COPIES, _CODES_BYTES, _OTHER_COPIES = 2.25, 2, 5
 #: The same of experts that other passes handle at once: candidates of their scales, the grids of these spread
 #: over columns, errors, and Gram matrices.
-_BATCH_COPIES = 9
+_BATCH_COPIES = 7
 #: Gram matrices that the factorization in place of one needs at most for what is copied at once, and for the
 #: library.
 _FACTORING = 0.25
