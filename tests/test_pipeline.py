@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from awqc.passes.fold_scales import FoldScales
 from awqc.passes.lower import Lower
 from awqc.passes.round_weights import RoundWeights
 from awqc.passes.search_scales import SearchScales
-from awqc.pipeline import Pass, Pipeline, third_party_passes
+from awqc.pipeline import Pass, Pipeline, _Runner, third_party_passes
 from awqc.quantization.scales import Scales
 from awqc.runtime.lowered import LoweredLinears
 from awqc.views import linears
@@ -461,3 +462,18 @@ def test_a_pass_of_one_s_own_in_the_default_pipeline() -> None:
     lowered = graph.facts[LoweredLinears]
     assert {name: m.scheme.bits for name, m in lowered.items()} == {"up": 4, "down": 8}
     assert context.report.linears["down.weight"].scheme == "W8 g16 asym"
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", ["b"]), ("cuda", ["b", "c"])])
+def test_weights_of_the_next_stages_are_read_ahead(device: str, expected: list[str]) -> None:
+    read: list[str] = []
+    runner: Any = object.__new__(_Runner)
+    runner.graph = SimpleNamespace(weights=SimpleNamespace(device=torch.device(device), prefetch=read.extend))
+    stages: Any = SimpleNamespace(
+        stages=[
+            SimpleNamespace(observers=[SimpleNamespace(views=[SimpleNamespace(parameter=name)])])
+            for name in "abcd"
+        ]
+    )
+    runner._read_ahead(stages, 0)
+    assert read == expected
