@@ -195,3 +195,21 @@ def test_statistics_of_a_matrix() -> None:
     assert torch.equal(first.of(node, Matrix(view, 2)).gram, first.by_expert[node][2].gram)
     assert torch.equal(first.batch(node, view, range(1, 3)).gram[1], first.by_expert[node][2].gram)
     assert all(isinstance(found, InputStatistics) for found in first.values())
+
+
+@pytest.mark.gpu
+def test_sums_on_a_gpu_are_those_of_the_cpu() -> None:
+    width, places = 512, ("cpu", "cuda")
+    counts = [[300, 0, 5, 40], [1, 0, 700, 0]]
+    found = [ExpertSums(4, width, torch.device(place)) for place in places]
+    for seed, each in enumerate(counts):
+        x = torch.randn(sum(each), width, generator=torch.Generator().manual_seed(seed))
+        for sums, place in zip(found, places, strict=True):
+            sums.add(x.to(place), each)
+    for sums in found:
+        sums.add_up()
+    here, there = found
+    # Sums of at most 705 products, in another order.
+    eps = 705 * torch.finfo(torch.float32).eps
+    assert (there.gram.cpu().triu() - here.gram.triu()).abs().max() <= eps * here.gram.abs().amax()
+    torch.testing.assert_close(there.magnitude.cpu(), here.magnitude, rtol=eps, atol=0)
