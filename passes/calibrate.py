@@ -12,7 +12,7 @@ from awqc.context import Context
 from awqc.graph import Graph
 from awqc.memory import FLOAT, Kind
 from awqc.observers.activations import Activations
-from awqc.observers.expert_sums import products
+from awqc.observers.expert_sums import ROUNDS, joins
 from awqc.observers.input_statistics import InputStatistics, gram_block
 from awqc.observers.stages import Observer, Observers, Stages
 from awqc.observers.statistics import Statistics
@@ -43,9 +43,9 @@ class Calibrate(Pass):
                 work["grams"] += tokens * k * (k + block if kind != "sampled" else 2 * gram_block(0))
                 work["calls"] += samples * (8 + k // block)
                 if isinstance(view, ExpertLinear) and kind == "full":
-                    times = products(view.count, k, tokens)
+                    times = joins(view.count, k, tokens)
                     work["streamed"] += times * view.count * 2 * FLOAT * k * k
-                    work["calls"] += times * (8 + k // block)
+                    work["calls"] += times * ROUNDS * (8 + k // block)
         for _, view, _ in quantized_views(observers, schemes):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)

@@ -11,8 +11,8 @@ from awqc.memory import added_rows
 from awqc.observers.input_statistics import ALONE, add_gram
 from awqc.ranks import Ranks
 
-#: How many products of all experts it takes where rows are spread over them as routers do.
-_ROUNDS = 3
+#: Products of all experts in which rows that have waited are added up, spread as routers do; for plans.
+ROUNDS = 3
 #: One expert in so many must still have rows for all to be added up together, padded with zeros.
 _TOGETHER = 16
 
@@ -86,7 +86,7 @@ class ExpertSums:
         magnitude += rows.abs().sum(-2)
 
 
-def products(count: int, width: int, tokens: int) -> int:
-    """How many products of all experts it takes to add up ``tokens`` rows of ``count`` experts of ``width``
-    channels, for plans."""
-    return _ROUNDS * -(-tokens // (count * max(1, added_rows(width, expert=True) // 2)))
+def joins(count: int, width: int, tokens: int) -> int:
+    """How often rows that wait are added up, of ``tokens`` rows of ``count`` experts of ``width`` channels,
+    for plans."""
+    return -(-tokens // (count * max(1, added_rows(width, expert=True) // 2)))
