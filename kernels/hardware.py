@@ -30,7 +30,7 @@ class Hardware:
         type: of the torch device: ``cuda``, ``cpu``.
         processors: multiprocessors, or threads.
         capability: compute capability of NVIDIA's; None for others.
-        shared_bytes: shared memory that a block may have.
+        shared_bytes: shared memory that a block may have; 0 where that is not known.
         read_rate: bytes a second from memory by the data sheet, if that is known.
         product_rate: dense 16-bit floating-point operations a second by the data sheet, if known.
     """
@@ -81,7 +81,8 @@ def _found(device: torch.device) -> Hardware:
         "cuda",
         properties.multi_processor_count,
         (properties.major, properties.minor) if nvidia else None,
-        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+        # What a block may ask for is known to torch for NVIDIA alone; AMD's have no more than they have.
+        getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
         sheets[0].read_rate if sheets else None,
         sheets[0].product_rate if sheets else None,
     )

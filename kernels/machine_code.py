@@ -78,6 +78,10 @@ class TritonCode:
         """See :class:`awqc.kernels.launch.Code`."""
         return bytes(self._compiled(capability).asm["cubin"])
 
+    def shared_bytes(self, capability: tuple[int, int]) -> int:
+        """Shared memory that a program takes, as Triton allots it."""
+        return int(self._compiled(capability).metadata.shared)
+
     def _compiled(self, capability: tuple[int, int]) -> Any:
         import triton
         from triton.backends.compiler import GPUTarget

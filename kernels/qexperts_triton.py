@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from awqc.kernels import configs
-from awqc.kernels.hardware import Hardware
+from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, describes, nbytes
 from awqc.kernels.planes import pack_groups, pack_planes, plane_width, unpack_groups, unpack_planes
 from awqc.kernels.qexperts import busiest, qexperts
 from awqc.kernels.qlinear import LIBRARY
-from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight, join
+from awqc.kernels.qlinear_triton import TritonGemm, Weight, join
 from awqc.kernels.registry import register_kernel
 from awqc.kernels.triton_call import Call, Target, interpreted, target
+from awqc.kernels.triton_tile import Tile
 
 #: The name under which configurations are kept, by tokens of an expert on average.
 NAME = "qexperts_triton"
@@ -78,10 +79,11 @@ def product(
     return [call] if shares == 1 else [call, join(y, partial, None, at)]
 
 
-def choose(tokens: int, experts: int, device: torch.device | str) -> Tile:
-    """The configuration for ``tokens`` rows of ``experts`` experts: that of their average."""
-    table = configs.measured(NAME, device)
-    return Tile(**(configs.entry(table, math.ceil(tokens / experts)) or table[max(table)]))
+def choose(tokens: int, weight: Weight, at: Hardware) -> Tile:
+    """The configuration for ``tokens`` rows of the experts of ``weight``: that of their average."""
+    table = configs.measured(NAME, at.name)
+    found = configs.entry(table, math.ceil(tokens / weight.packed.shape[0])) or table[max(table)]
+    return weight.fitting(Tile(**found), at)
 
 
 def qexperts_triton(
@@ -113,7 +115,7 @@ def qexperts_triton(
         return x.new_empty(*x.shape[:-1], out_features)
     ends = None if offsets is None else offsets.to(torch.int32).contiguous()
     weight = Weight(packed, scales, zeros, out_features, k, group_size)
-    y = multiply(tokens, ends, weight, choose(tokens.shape[0], packed.shape[0], x.device))
+    y = multiply(tokens, ends, weight, choose(tokens.shape[0], weight, hardware(x.device)))
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -137,7 +139,7 @@ def describe(
     rows, count = x.reshape(-1, x.shape[-1]), packed.shape[0]
     out, ends = rows.new_empty(len(rows), out_features), None if offsets is None else offsets.int()
     weight = Weight(packed, scales, zeros, out_features, x.shape[-1], group_size)
-    calls = product(rows, ends, weight, out, choose(len(rows), count, at.name), Target.of(at))
+    calls = product(rows, ends, weight, out, choose(len(rows), weight, at), Target.of(at))
     first, *others = [call.describe("y_ptr") for call in calls]
     unread = nbytes(packed, scales, zeros) * (count - busiest(x, offsets, count)[0]) // count
     return [replace(first, reads=first.reads - unread), *others]

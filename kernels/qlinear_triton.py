@@ -25,7 +25,7 @@ from torch import Tensor
 
 from awqc.kernels import configs
 from awqc.kernels.autotune import fastest, may_tune
-from awqc.kernels.hardware import Hardware
+from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, describes, nbytes
 from awqc.kernels.planes import (
     PLANES,
@@ -38,6 +38,7 @@ from awqc.kernels.planes import (
 from awqc.kernels.qlinear import LIBRARY, group_channels
 from awqc.kernels.registry import register_kernel
 from awqc.kernels.triton_call import Call, Target, interpreted, target
+from awqc.kernels.triton_tile import Tile
 
 #: The name under which configurations are kept.
 NAME = "qlinear_triton"
@@ -49,38 +50,6 @@ LIBRARY.define(
     "int group_size) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A launch configuration of ``gemm``.
-
-    Args:
-        block_m, block_n: tokens and rows of a tile.
-        warps, stages: of a program: warps, and tiles in flight.
-        programs: as many as a processor holds at a time.
-    """
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int
-    programs: int
-
-    def shares(self, token_tiles: int, rows: int, blocks: int, processors: int) -> int:
-        """Shares of the ``blocks`` of K with which tiles of ``rows`` fill the device, but not twice."""
-        tiles = token_tiles * math.ceil(rows / self.block_n)
-        return max(1, min(processors * self.programs // tiles, blocks))
-
-    def constants(self, n: int) -> dict[str, Any]:
-        """Arguments that say how kernels cut a weight of ``n`` rows."""
-        return {
-            "block_m": self.block_m,
-            "block_n": self.block_n,
-            "stages": self.stages,
-            "whole_n": n % self.block_n == 0,
-            "num_warps": self.warps,
-        }
 
 
 @dataclass(frozen=True)
@@ -102,12 +71,25 @@ class Weight:
     k: int
     group_size: int
 
+    @property
+    def group(self) -> int:
+        """Channels that share a scale; padded channels belong to the only group too."""
+        blocks, _, width = self.packed.shape[-3:]
+        group = group_channels(self.group_size, self.k)
+        return blocks * PLANES * width if group == self.k else group
+
+    @property
+    def run(self) -> int:
+        """Consecutive planes that share a scale: 1, 2 or 4."""
+        return next(r for r in (4, 2, 1) if self.group % (r * self.packed.shape[-1]) == 0)
+
+    def fitting(self, tile: Tile, at: Hardware) -> Tile:
+        """``tile``, or what of it a program on the weight has shared memory for."""
+        return tile.fitting(self.packed.shape[-1], self.run, self.scales.element_size(), at)
+
     def operands(self, at: Target) -> dict[str, Any]:
         """Arguments that every kernel on the weight takes."""
-        blocks, rows, width = self.packed.shape[-3:]
-        group = group_channels(self.group_size, self.k)
-        if group == self.k:  # padded channels belong to the one group too
-            group = blocks * PLANES * width
+        _, rows, width = self.packed.shape[-3:]
         return {
             "words_ptr": self.packed,
             "scales_ptr": self.scales,
@@ -116,8 +98,8 @@ class Weight:
             "k": self.k,
             "rows": rows,
             "groups": self.scales.shape[-2],
-            "group": group,
-            "run": next(r for r in (4, 2, 1) if group % (r * width) == 0),
+            "group": self.group,
+            "run": self.run,
             "width": width,
             "whole_k": self.k % (PLANES * width) == 0,
             "ptx": at.ptx,
@@ -200,7 +182,7 @@ def choose(tokens: int, weight: Weight, dtype: torch.dtype) -> Tile | None:
         table = tune(weight, dtype)
         configs.keep(key, device, table)
     found = configs.entry(table or configs.measured(NAME, device), tokens)
-    return None if found is None else Tile(**found)
+    return None if found is None else weight.fitting(Tile(**found), hardware(device))
 
 
 def _key(weight: Weight, dtype: torch.dtype) -> str:
@@ -208,7 +190,7 @@ def _key(weight: Weight, dtype: torch.dtype) -> str:
 
 
 def tune(weight: Weight, dtype: torch.dtype) -> configs.Table:
-    """Measure every candidate on this device, against the dense route too: up to a minute.
+    """Measure every candidate that fits this device, against the dense route too: up to a minute.
 
     The numbers of tokens are tried in ascending order until the dense route is the faster one.
     """
@@ -220,10 +202,12 @@ def tune(weight: Weight, dtype: torch.dtype) -> configs.Table:
     def attempt(x: Tensor, tile: Tile | None, i: int) -> Tensor:
         return F.linear(x, dense(copies[i], dtype)) if tile is None else multiply(x, copies[i], None, tile)
 
+    at = hardware(weight.packed.device)
     table: dict[int, Mapping[str, int]] = {}
     for tokens in TOKENS:
         x = torch.randn(tokens, weight.k, dtype=dtype, device=weight.packed.device)
-        tiles: list[Tile | None] = [None, *candidates(tokens)]
+        own = [tile for tile in candidates(tokens) if weight.fitting(tile, at) == tile]
+        tiles: list[Tile | None] = [None, *own]
         tile = fastest({tile: functools.partial(attempt, x, tile) for tile in tiles}, len(copies))
         if tile is None:
             break
@@ -300,7 +284,8 @@ def describe(
             written(weight, full, Target.of(at)).describe("weight_ptr"),
             Launch("cuBLAS", nbytes(rows, full, bias), nbytes(out)),
         ]
-    calls = product(rows, weight, bias, out, Tile(**found), Target.of(at))
+    tile = weight.fitting(Tile(**found), at)
+    calls = product(rows, weight, bias, out, tile, Target.of(at))
     return [call.describe("y_ptr") for call in calls]
 
 

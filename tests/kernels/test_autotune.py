@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from awqc.kernels import configs, qlinear_triton
+pytest.importorskip("triton")
+
+from awqc.kernels import autotune, configs, qlinear_triton
 from awqc.kernels.autotune import fastest, may_tune
-from awqc.kernels.qlinear_triton import Tile, TritonGemm
+from awqc.kernels.qlinear_triton import TritonGemm
+from awqc.kernels.triton_tile import Tile
 from awqc.quantized import Scheme, quantize
 
 
@@ -25,6 +29,23 @@ def test_a_captured_call_does_not_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     for capturing in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda value=capturing: value)
         assert may_tune(torch.device("cuda")) is not capturing
+
+
+def test_a_configuration_that_runs_out_of_resources_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    def milliseconds(run: Callable[[int], object], copies: int) -> float:
+        run(0)
+        return 1.0
+
+    def too_large(i: int) -> None:
+        raise OutOfResources(233472, 232448, "shared memory")
+
+    monkeypatch.setattr(autotune, "graph_milliseconds", milliseconds)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "this one")
+    assert fastest({"large": too_large, "small": lambda i: None}, 2) == "small"
+    with pytest.raises(ValueError, match="none of 1 configurations runs on this one"):
+        fastest({"large": too_large}, 2)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from awqc.kernels import configs
-from awqc.kernels.qlinear_triton import Tile
+from awqc.kernels.triton_tile import Tile
 
 CPU = torch.device("cpu")
 FILES = sorted(Path(configs.__file__).parent.glob("configs_*.json"))

@@ -9,7 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from awqc.kernels.jit.gemm_triton import add_shares
-from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight, multiply
+from awqc.kernels.qlinear_triton import TritonGemm, Weight, multiply
+from awqc.kernels.triton_tile import Tile
 from awqc.quantized import QuantizedWeight, Scheme, quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,10 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from awqc.kernels.hardware import hardware
 from awqc.kernels.planes import pack_groups, pack_planes
 from awqc.kernels.qexperts import qexperts
 from awqc.kernels.qexperts_triton import TritonExperts, choose
-from awqc.kernels.qlinear_triton import interpreted
+from awqc.kernels.qlinear_triton import Weight, interpreted
 from awqc.quantized import QuantizedWeight, Scheme, quantize, stack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,7 +76,12 @@ def test_packing_is_that_of_a_linear_for_every_expert() -> None:
 
 
 def test_the_configuration_is_stable_between_the_entries() -> None:
-    found = [choose(tokens, 8, DEVICE) for tokens in (1, 8, 64, 65, 128, 10**6, 10**7)]
+    tensors, _ = TritonExperts.pack(
+        *(torch.ones(8, 16, c, dtype=torch.uint8) for c in (64, 1, 1)), None, 4, 64
+    )
+    held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    weight, at = Weight(**held, n=16, k=64, group_size=64), hardware(DEVICE)
+    found = [choose(tokens, weight, at) for tokens in (1, 8, 64, 65, 128, 10**6, 10**7)]
     assert found[0] == found[1] == found[2] != found[3] == found[4]
     assert found[5] == found[6]
 

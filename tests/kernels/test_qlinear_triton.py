@@ -9,7 +9,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from awqc.kernels import qlinear_triton
-from awqc.kernels.qlinear_triton import Tile, TritonGemm, candidates
+from awqc.kernels.qlinear_triton import TritonGemm, candidates
+from awqc.kernels.triton_tile import Tile
 from awqc.quantized import QuantizedWeight, Scheme, quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,8 +16,9 @@ from awqc.kernels.hardware import known
 from awqc.kernels.jit.gemm_triton import add_shares
 from awqc.kernels.machine_code import TritonCode
 from awqc.kernels.nvrtc import CompileError
-from awqc.kernels.qlinear_triton import Tile, TritonGemm, Weight, product
+from awqc.kernels.qlinear_triton import TritonGemm, Weight, product
 from awqc.kernels.triton_call import Call, Target, interpreted
+from awqc.kernels.triton_tile import Tile
 
 
 def calls(at: Target, m: int = 16) -> list[Call]:
