@@ -51,14 +51,15 @@ def tests(name: str, seconds: float, *arguments: str) -> Part:
     return Part(f"test-{name}", (*PYTEST, *arguments), seconds, environment=(("AWQC_SHAPES", "25"),))
 
 
-def shapes(kernel: str, count: int, workers: int, seconds: float) -> list[Part]:
-    """``count`` random shapes shared out over processes."""
+def shapes(kernel: str, count: int, workers: int, seconds: float, each: int = 1) -> list[Part]:
+    """``count`` random shapes shared out over processes, up to ``each`` of them on the same machine code, where
+    compiling is most of the time."""
     return [
         Part(
             f"shapes-{kernel}-{i}",
             (
                 *("benchmarks/random_shapes.py", kernel, "--count", str(-(-count // workers))),
-                *("--seed", str(1000 + i), "--seconds", str(seconds - 12)),
+                *("--seed", str(1000 + i), "--seconds", str(seconds - 12), "--each", str(each)),
             ),
             seconds,
         )
@@ -79,8 +80,8 @@ def quick() -> list[Part]:
         tests("backends-triton", 60, "tests/backends", "-k", "triton"),
         *shapes("marlin", 900, 3, 55),
         *shapes("exllama", 500, 2, 55),
-        *shapes("triton", 400, 3, 55),
-        *shapes("experts", 200, 2, 55),
+        *shapes("triton", 400, 3, 55, each=8),
+        *shapes("experts", 200, 2, 55, each=8),
         tests("extension", 60, "tests/kernels/test_extension.py"),
         Part(
             "times",
@@ -119,10 +120,10 @@ def sanitized(tool: str) -> list[Part]:
 def long(model: str | None) -> list[Part]:
     """What takes minutes: 10 000 shapes, sanitizers, generated text, decoding with 8 B parameters."""
     parts = [
-        *shapes("marlin", 4000, 4, 150),
-        *shapes("exllama", 2500, 3, 150),
-        *shapes("triton", 2500, 4, 150),
-        *shapes("experts", 1000, 3, 150),
+        *shapes("marlin", 5000, 4, 150),
+        *shapes("exllama", 3200, 3, 150),
+        *shapes("triton", 1200, 4, 150, each=8),
+        *shapes("experts", 700, 3, 150, each=8),
         *sanitized("memcheck"),
         *sanitized("racecheck"),
     ]

@@ -1,25 +1,35 @@
 """Random legal shapes through a kernel, against float64 arithmetic, each twice for the same bits.
 
     python benchmarks/random_shapes.py marlin --count 2000 --seconds 60 --seed 1
+    python benchmarks/random_shapes.py triton --count 300 --seconds 140 --each 6
 
 Every problem that a kernel's own ``legal()`` accepts counts: rows, channels, group size, zero points or
 not, bits, dtypes of activations and scales, bias, tokens, and for experts how the router shares them out. A
 failure is printed with the numbers that repeat it. The last line is the summary; the exit status tells
 failures.
+
+Triton compiles for a second or two for every new combination of dtypes, groups, tiles and raggedness. With
+``--each N`` a shape is followed by up to N - 1 others that run the same machine code.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
+import math
 import random
 import sys
 import time
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from awqc.kernels.hardware import Hardware, hardware
+from awqc.kernels.launch import Code, launches
 from awqc.kernels.qexperts import qexperts
 from awqc.kernels.qlinear import dequantize
 from awqc.kernels.registry import kernels
@@ -33,6 +43,8 @@ KERNELS = {
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SCALES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+#: Shapes that are drawn at most to find the others of ``--each``.
+DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,16 @@ class Case:
     scales: str
     experts: int
     seed: int
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Dimensions before those of a matrix."""
+        return (self.experts,) if self.experts else ()
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return 1 if self.group_size == -1 else -(-self.k // self.group_size)
 
 
 def draw(random_: random.Random, seed: int, experts: bool) -> Case:
@@ -77,14 +99,12 @@ def problem(
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], Tensor | None]:
     """Input, ends of experts' rows, codes with scales and zeros, bias."""
     generator = torch.Generator(device).manual_seed(case.seed)
-    lead = (case.experts,) if case.experts else ()
-    group = case.k if case.group_size == -1 else min(case.group_size, case.k)
-    shape = (*lead, case.n, -(-case.k // group))
+    shape = (*case.lead, case.n, case.groups)
 
     def uniform(*size: int) -> Tensor:
         return torch.rand(size, generator=generator, device=device)
 
-    codes = (uniform(*lead, case.n, case.k) * 2**case.bits).to(torch.uint8)
+    codes = (uniform(*case.lead, case.n, case.k) * 2**case.bits).to(torch.uint8)
     scales = (uniform(*shape) * 0.02 + 0.01).to(SCALES[case.scales])
     zeros = torch.full(shape, 2 ** (case.bits - 1), dtype=torch.uint8, device=device)
     if case.zero_point:
@@ -97,6 +117,82 @@ def problem(
         cuts = (uniform(case.experts) * (case.tokens + 1)).to(torch.int32).sort().values
         ends = cuts.clamp_(max=case.tokens)
     return x, ends, (codes, scales, zeros), bias
+
+
+def codes_of(kernel: Any, case: Case, at: Hardware) -> list[Code | None]:
+    """The machine code that a problem runs on ``at``, by everything that decides it."""
+
+    def empty(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    x = empty(case.tokens, case.k, dtype=DTYPES[case.dtype])
+    scales = empty(*case.lead, case.n, case.groups, dtype=SCALES[case.scales])
+    codes = empty(*case.lead, case.n, case.k, dtype=torch.uint8)
+    bias = empty(case.n, dtype=x.dtype) if case.bias else None
+    tensors, constants = kernel.pack(codes, scales, scales.byte(), bias, case.bits, case.group_size)
+    ends = [empty(case.experts, dtype=torch.int32)] if case.experts else []
+    found = launches(kernel.op, at, (x, *ends, *tensors.values(), *constants), x)
+    return [launch.code for launch in found]
+
+
+def raggedness(case: Case) -> tuple[int, int]:
+    """Powers of two that divide rows and channels, as far as a kernel may care: 16 to 128 and 16 to 256."""
+    return max(8, math.gcd(case.n, 128)), max(8, math.gcd(case.k, 256))
+
+
+@dataclass
+class Problems:
+    """Random problems that a kernel takes.
+
+    Args:
+        kernel: a class of the registry.
+        experts: whether its weights are those of experts.
+        device: where it runs.
+        source: of random numbers.
+        most_work: products of a problem, at most.
+        skipped: problems that were drawn and not taken.
+    """
+
+    kernel: Any
+    experts: bool
+    device: torch.device
+    source: random.Random
+    most_work: float = math.inf
+    skipped: int = 0
+
+    def takes(self, case: Case) -> bool:
+        """Whether it is legal, and small enough."""
+        dtype, work = DTYPES[case.dtype], case.n * case.k * max(case.tokens, 4 * case.experts)
+        reason = self.kernel.legal(case.n, case.k, case.bits, case.group_size, dtype, self.device)
+        return reason is None and work <= self.most_work
+
+    def draw(self) -> Case:
+        """Any problem."""
+        while not self.takes(case := draw(self.source, self.source.randrange(2**31), self.experts)):
+            self.skipped += 1
+        return case
+
+    def alike(self, case: Case) -> Iterator[Case]:
+        """Others that run the same machine code as ``case``: with other rows, channels, tokens, bits, zero
+        points and shares of experts. A single group is compiled for the channels that it has."""
+        kept = {name: getattr(case, name) for name in ("group_size", "bias", "dtype", "scales", "experts")}
+        if case.groups == 1:
+            kept["k"] = case.k
+        at = hardware(self.device)
+        codes = codes_of(self.kernel, case, at)
+        for _ in range(DRAWS):
+            other = replace(draw(self.source, self.source.randrange(2**31), self.experts), **kept)
+            same = raggedness(other) == raggedness(case) and self.takes(other)
+            if same and codes_of(self.kernel, other, at) == codes:
+                yield other
+
+    def all(self, each: int) -> Iterator[Case]:
+        """Problems without end, ``each`` that run the same machine code after each other where there are."""
+        while True:
+            case = self.draw()
+            yield case
+            if each > 1:
+                yield from itertools.islice(self.alike(case), each - 1)
 
 
 def excess(
@@ -138,29 +234,37 @@ def check(kernel: Any, case: Case, device: torch.device) -> str | None:
     return None
 
 
+def failures() -> tuple[type[Exception], ...]:
+    """What a kernel that does not run raises; Triton has errors of its own."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return (RuntimeError, TritonError)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kernel", choices=list(KERNELS))
     parser.add_argument("--count", type=int, default=500, help="legal shapes to try")
     parser.add_argument("--seconds", type=float, default=60.0, help="stop after so long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each", type=int, default=1, help="shapes, at most, that run the same machine code")
     parser.add_argument("--most-work", type=float, default=4e10, help="products of a problem, at most")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     op, name = KERNELS[options.kernel]
     kernel, device = kernels(op)[name], torch.device(options.device)
     source, began = random.Random(options.seed), time.monotonic()
-    tried, failed, skipped = 0, 0, 0
-    while tried < options.count and time.monotonic() - began < options.seconds:
-        case = draw(source, source.randrange(2**31), bool(op == "qexperts"))
-        legal = kernel.legal(case.n, case.k, case.bits, case.group_size, DTYPES[case.dtype], device)
-        if legal is not None or case.n * case.k * max(case.tokens, 4 * case.experts) > options.most_work:
-            skipped += 1
-            continue
+    problems = Problems(kernel, op == "qexperts", device, source, options.most_work)
+    tried, failed = 0, 0
+    for case in itertools.islice(problems.all(options.each), options.count):
+        if time.monotonic() - began > options.seconds:
+            break
         tried += 1
         try:
             wrong = check(kernel, case, device)
-        except RuntimeError as error:
+        except failures() as error:
             wrong = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         if wrong:
             failed += 1
@@ -169,7 +273,7 @@ def main() -> int:
             if "CUDA error" in wrong or "LaunchError" in wrong:
                 break  # the device does not answer after such an error
     seconds = time.monotonic() - began
-    print(f"{options.kernel}: {tried} shapes, {failed} failed, {skipped} skipped, {seconds:.0f} s")
+    print(f"{options.kernel}: {tried} shapes, {failed} failed, {problems.skipped} skipped, {seconds:.0f} s")
     return 1 if failed or not tried else 0
 
 

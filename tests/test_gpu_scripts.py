@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -84,3 +86,41 @@ def test_random_shapes_are_of_all_kinds() -> None:
         assert len({getattr(case, field) for case in cases}) > 1, field
     assert any(case.k % case.group_size for case in cases if case.group_size > 0)
     assert any(case.n % 64 for case in cases)
+
+
+#: What is compiled is asked of a process that does not interpret, as this one may.
+ALIKE = """
+import itertools, random
+import torch
+from awqc.kernels.hardware import assumed, known
+from awqc.kernels.registry import kernels
+from tests.test_gpu_scripts import script
+
+shapes = script("random_shapes")
+for name in ("triton", "experts"):
+    op, of = shapes.KERNELS[name]
+    with assumed(known()["h200"]):
+        source, cuda = random.Random(1003), torch.device("cuda")
+        problems = shapes.Problems(kernels(op)[of], op == "qexperts", cuda, source, 4e10)
+        cases = list(itertools.islice(problems.all(8), 64))
+        codes = [shapes.codes_of(problems.kernel, case, known()["h200"]) for case in cases]
+    assert all(problems.takes(case) for case in cases)
+    variants = [code for i, code in enumerate(codes) if code not in codes[:i]]
+    assert len(variants) <= 16, (name, len(variants))
+    # What is free within a variant was drawn anew.
+    assert len({(case.n, case.k) for case in cases}) >= 60
+    for field in ("tokens", "bits", "zero_point", "seed"):
+        assert len({getattr(case, field) for case in cases[:8]}) > 1, field
+    for field in ("dtype", "scales", "group_size", "tokens"):
+        assert len({getattr(case, field) for case in cases}) > 1, field
+    assert any(case.n % 16 for case in cases)
+    assert any(case.k % 64 for case in cases)
+"""
+
+
+def test_random_shapes_share_machine_code_when_asked() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command, root = [sys.executable, "-c", ALIKE], Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
