@@ -52,8 +52,8 @@ def tests(name: str, seconds: float, *arguments: str) -> Part:
 
 
 def shapes(kernel: str, count: int, workers: int, seconds: float, each: int = 1) -> list[Part]:
-    """``count`` random shapes shared out over processes, up to ``each`` of them on the same machine code, where
-    compiling is most of the time."""
+    """``count`` random shapes shared out over processes; up to ``each`` of them on the same machine code, for
+    kernels that compile for longer than they run."""
     return [
         Part(
             f"shapes-{kernel}-{i}",
