@@ -151,21 +151,52 @@ def _no_idle_casts() -> Iterator[None]:
 
 @contextmanager
 def quick_tracing() -> Iterator[None]:
-    """No garbage collection and no stack traces of nodes within the block. Tracing makes many small
-    objects, all of them alive: looking through them again and again takes up to a third of its time, and
-    the traces, which nothing reads, a tenth."""
-    enabled, config = gc.isenabled(), vars(fx.config)
-    traces = config.get("do_not_emit_stack_traces")
+    """Within the block there is no garbage collection, nodes have no stack traces, and graphs that are made
+    or changed are turned into Python code when they are first called. Tracing makes many small objects, all
+    of them alive: looking through them again and again takes up to a third of its time; code for graphs that
+    the next pass of torch.export changes takes a quarter, and the traces, which nothing reads, a tenth."""
+    enabled, recompile, names = gc.isenabled(), fx.GraphModule.recompile, vars(fx.proxy)
+    traceback = names["CapturedTraceback"]
     gc.disable()
-    if traces is not None:  # older releases have no such option
-        config["do_not_emit_stack_traces"] = True
+    fx.GraphModule.recompile = _later(recompile)  # type: ignore[method-assign, assignment]
+    names["CapturedTraceback"] = _NoTraceback
     try:
         yield
     finally:
-        if traces is not None:
-            config["do_not_emit_stack_traces"] = traces
+        fx.GraphModule.recompile = recompile  # type: ignore[method-assign]
+        names["CapturedTraceback"] = traceback
         if enabled:
             gc.enable()
+
+
+def _later(recompile: Callable[[fx.GraphModule], Any]) -> Callable[[fx.GraphModule], None]:
+    """``recompile``, put off until the module is called."""
+
+    def put_off(module: fx.GraphModule) -> None:
+        spec = getattr(module.graph._codegen, "pytree_info", None)
+        if spec is not None:  # how arguments and results nest, which others ask for
+            module._in_spec, module._out_spec = spec.in_spec, spec.out_spec
+
+        def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            recompile(self)
+            return self.forward(*args, **kwargs)
+
+        type(module).forward = forward
+
+    return put_off
+
+
+class _NoTraceback:
+    """In the place of torch's: where a node was made is not looked up."""
+
+    @staticmethod
+    def extract() -> type[_NoTraceback]:
+        """As torch's, without a stack."""
+        return _NoTraceback
+
+    @staticmethod
+    def summary() -> None:
+        """No frames."""
 
 
 @contextmanager
