@@ -86,8 +86,10 @@ class Call:
     arguments: Mapping[str, Any]
 
     def launch(self) -> None:
-        """Launch it, compiled at its first time."""
-        self.function[self.grid](**self.arguments)
+        """Launch it, compiled at its first time, on the device of its tensors: Triton takes the current one."""
+        first = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(first):
+            self.function[self.grid](**self.arguments)
 
     def describe(self, result: str) -> Launch:
         """What it launches; ``result`` is the name of the argument that is written."""

@@ -56,12 +56,12 @@ class Placement:
     def device(self, name: str) -> torch.device:
         """The device that runs the module ``name``."""
         place = self.place(name)
-        return self.main if place in ("cpu", "disk") else torch.device(place)
+        return self.main if place in ("cpu", "disk") else _device(place)
 
     def offloads(self, name: str) -> bool:
         """Whether the module ``name`` is kept elsewhere than it runs."""
         place = self.place(name)
-        return place == "disk" or torch.device(place) != self.device(name)
+        return place == "disk" or _device(place) != self.device(name)
 
     def put(self, tensor: Tensor, *names: str) -> Tensor:
         """Bring ``tensor``, which has these names, to its place; what goes to disk alone is left on ``meta``.
@@ -73,7 +73,7 @@ class Placement:
         if "disk" in places:
             self._files |= dict.fromkeys(names, self._write(tensor, names[0]))
         kept = next((place for place in places if place != "disk"), "meta")
-        return tensor.to(torch.device(kept))
+        return tensor.to(_device(kept))
 
     def _write(self, tensor: Tensor, name: str) -> dict[str, str]:
         assert self.folder is not None
@@ -124,6 +124,11 @@ class Placement:
             logger.setLevel(level)
 
 
+def _device(place: Place) -> torch.device:
+    """The device that a map means; its numbers are those of GPUs."""
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+
+
 def on(device: torch.device) -> Placement:
     """Everything on one device."""
     return Placement({"": device}, device)
@@ -145,10 +150,11 @@ def compute_places(
         folder: where tensors on disk go.
 
     Raises:
-        ConfigError: for an unknown or incomplete map, or if it needs a folder and there is none.
+        ConfigError: for an unknown or incomplete map, one that divides modules which share a tensor, or if it
+            needs a folder and there is none.
     """
     from accelerate import infer_auto_device_map
-    from accelerate.utils import check_device_map, get_balanced_memory
+    from accelerate.utils import check_device_map, find_tied_parameters, get_balanced_memory
 
     whole = [*(getattr(model, "_no_split_modules", None) or ()), *_packed_classes(model)]
     try:
@@ -164,6 +170,11 @@ def compute_places(
     except ValueError as error:
         raise ConfigError(f"device_map cannot be used: {error}") from error
     placement = Placement(places, main, None if folder is None else Path(folder))
+    for shared in find_tied_parameters(model):
+        apart = {name: placement.device(name) for name in shared}
+        if len(set(apart.values())) > 1:
+            where = ", ".join(f"{name!r} on {device}" for name, device in apart.items())
+            raise ConfigError(f"device_map divides one tensor: {where}: give these modules the same device")
     if "disk" in places.values():
         if placement.folder is None:
             names = [name for name, place in places.items() if place == "disk"]

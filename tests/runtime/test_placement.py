@@ -15,7 +15,7 @@ from awqc.backend import Backend, LinearShape, PackedLinear
 from awqc.errors import AwqcError, BackendError, CheckpointError, ConfigError
 from awqc.quantized import QuantizedWeight
 from awqc.runtime.compiled import CompiledModel
-from awqc.runtime.placement import Placement, on
+from awqc.runtime.placement import Placement, compute_places, on
 from tests import mixtures, models
 
 CONFIG = QuantConfig(group_size=32)
@@ -183,6 +183,18 @@ def test_a_move_to_a_device_that_the_backend_does_not_run_on(tiny_llama: LlamaFo
     model.to("cpu")
 
 
+def test_what_shares_a_tensor_stays_together() -> None:
+    model = models.llama(tie_word_embeddings=True)
+    places = {**dict.fromkeys(MAP, 0), "lm_head": 1}
+    where = r"'lm_head.weight' on cuda:1, 'model.embed_tokens.weight' on cuda:0"
+    with pytest.raises(
+        ConfigError, match=rf"^device_map divides one tensor: {where}: give these modules the"
+    ):
+        compute_places(model, places, None, torch.device("cuda", 0), None)
+    together = compute_places(model, {**places, "lm_head": 0}, None, torch.device("cuda", 0), None)
+    assert set(together.places.values()) == {0}
+
+
 def test_a_full_disk_is_an_error_of_ours(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +226,7 @@ def test_one_gpu_and_host_memory(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("backend", ["auto", "triton", "exllama", "reference"])
 def test_two_gpus(checkpoint: Path, backend: str) -> None:
-    places = {**dict.fromkeys(MAP, 0), "model.layers.1": 1, "model.norm": 1, "lm_head": 1}
+    places = {**dict.fromkeys(MAP, 0), "model.layers.1": 1, "model.norm": 1}
     whole, divided = (
         awqc.load(checkpoint, backend, **how) for how in ({"device": "cuda"}, {"device_map": places})
     )
