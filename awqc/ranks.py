@@ -2,8 +2,9 @@
 
 Processes are those of a torch.distributed group, started by ``torchrun`` for example; collectives are its
 own. Everything is divided so that a single call computes what it computes in one process, in the same order:
-the results are the same bits, not only the same sums. That matters, since one rounding apart is another code,
-and everything behind it is calibrated on that code.
+on a CPU the results are the same bits, not only the same sums. That matters, since one rounding apart is
+another code, and everything behind it is calibrated on that code. A GPU's library may add up a part of a
+product in another order than the whole; results then agree within the rounding of sums.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 One process first, then ``torchrun --nproc-per-node N -m awqc compile``, each in a fresh interpreter with one
 thread (``--threads``) per process. Counted are codes, scales and zero points of all quantized linears, and
-elements of all dense tensors, as the checkpoints hold them.
+elements of all dense tensors, as the checkpoints hold them; errors are those of the reports, the mean over
+the linears, as a ratio to that of one process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -63,17 +65,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs")
-    print("processes  seconds  codes that differ        scales, zeros  dense  seconds of each process")
+    print(
+        "processes  seconds  codes that differ        scales, zeros  dense   error  seconds of each process"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        first = Path(folder) / "1"
+        first, error = Path(folder) / "1", 0.0
         for count in dict.fromkeys([1, *options.processes]):
             out = Path(folder) / str(count)
             seconds = compiled(options, count, out)
             total, codes, scales, dense = differences(open_checkpoint(first), open_checkpoint(out))
             report = json.loads((out / REPORT_FILE).read_text())
+            errors = [row["error"] for row in report["linears"].values()]
+            mean = statistics.fmean(each for each in errors if each is not None)
+            error = error or mean
             each = report["processes"] or [sum(report["seconds"].values())]
             spent = ", ".join(f"{one:.1f}" for one in each)
-            print(f"{count:9}  {seconds:7.1f}  {codes:9,} of {total:11,}  {scales:13,}  {dense:5,}  {spent}")
+            print(
+                f"{count:9}  {seconds:7.1f}  {codes:9,} of {total:11,}  {scales:13,}  {dense:5,}  "
+                f"{mean / error:6.4f}  {spent}"
+            )
 
 
 if __name__ == "__main__":
