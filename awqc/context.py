@@ -56,6 +56,7 @@ class Context:
         stage: the stage being processed by stage passes.
         probe: the same forward at a small shape, on which passes over the whole graph are checked.
         limit: of the memory that may be used.
+        rows: how many of the user's batches each of ``batches`` holds; see :mod:`awqc.calibration.together`.
         scratch: directory for what does not fit in memory; the system's by default.
         journal: where finished stages are committed, and replayed from; None keeps everything in memory.
         ranks: the processes among which tokens and searches are divided.
@@ -70,4 +71,5 @@ class Context:
     journal: Journal | None = None
     ranks: Ranks = field(default_factory=current)
     limit: MemoryLimit = field(default_factory=MemoryLimit)
+    rows: int = 1
     scratch: Path | None = None

@@ -148,11 +148,11 @@ def start(
             "capture", "graphs are compared, and folds proven, on made-up weights: the model's do not fit"
         )
     read = time.perf_counter()
-    prepared = prepare(source, inputs.batches, device, report, root)
+    prepared = prepare(source, inputs.batches, device, report, root, limit)
     report.add_seconds("read-calibration", read - started)
     report.add_seconds("capture", time.perf_counter() - read)
     context = Context(config, prepared.batches, report, progress, probe=prepared.probe, journal=opened)
-    context.limit = limit
+    context.limit, context.rows = limit, prepared.rows
     context.scratch = None if opened is None else opened.directory
     return Job(source, inputs, prepared.graph, context, left_out(source, prepared.graph, prepared.root))
 

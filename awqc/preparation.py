@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awqc.calibration.together import rows_together, together
 from awqc.capture import CaptureReport, capture, flat_inputs, other_inputs
-from awqc.capture.ladder import EAGER
+from awqc.capture.ladder import EAGER, EXPORT
 from awqc.capture.roots import arguments_of, check_root, largest_part, text_part
 from awqc.capture.scans import longest, reads_steps
 from awqc.errors import CaptureError
 from awqc.graph import Graph
+from awqc.memory import MemoryLimit
 from awqc.report import Report
 from awqc.storage.source import ModelSource, aliases, named_tensors
 from awqc.verify import Probe
@@ -33,12 +35,14 @@ class Prepared:
     Args:
         graph: for batches of the shape of ``batches``.
         batches: calibration inputs of the graph, by placeholder.
+        rows: how many of the given inputs each of them holds.
         probe: the same program at a small shape, if there is one.
         root: the submodule that the graph is of; empty for the whole model.
     """
 
     graph: Graph
     batches: list[dict[str, Tensor]]
+    rows: int
     probe: Probe | None
     root: str
 
@@ -49,6 +53,7 @@ def prepare(
     device: torch.device | str,
     report: Report,
     root: str | None = None,
+    limit: MemoryLimit | None = None,
 ) -> Prepared:
     """Capture the model, or the part of it that is to be compiled, on calibration inputs.
 
@@ -56,13 +61,15 @@ def prepare(
         batches: arguments of the model's forward, all of one shape.
         report: is told how the capture went.
         root: submodule to compile; None chooses the part that reads text, or what can be captured.
+        limit: of the memory that batches may take.
 
     Raises:
         CaptureError: if the model does not run on its inputs.
         ConfigError: if it has no submodule ``root``.
     """
     check_root(source.module, root or "")
-    preparation = _Preparation(source, [_on(batch, device) for batch in batches], device, report)
+    moved = [_on(batch, device) for batch in batches]
+    preparation = _Preparation(source, moved, device, report, limit or MemoryLimit())
     chosen = text_part(source.module) if root is None else root
     if chosen and root is None:
         report.note(
@@ -89,19 +96,37 @@ class _Preparation:
     batches: list[dict[str, Any]]
     device: torch.device | str
     report: Report
+    limit: MemoryLimit
 
     def run(self, root: str) -> Prepared:
         batches = self.batches
-        small = _cut(batches[0], PROBE_TOKENS)
-        if small is None or _tokens(batches[0]) <= 2 * PROBE_TOKENS:
+        if _cut(batches[0], PROBE_TOKENS) is None or _tokens(batches[0]) <= 2 * PROBE_TOKENS:
             graph = self._checked(batches[0], batches[-1], root)
-            return Prepared(graph, self._flat(batches, root), None, root)
-        other = _cut(batches[-1], PROBE_TOKENS) or {}
-        first = self._checked(small, other, root)
+            return Prepared(graph, self._flat(batches, root), 1, None, root)
+        each = max(value.numel() for value in batches[0].values())
+        rows = rows_together(len(batches), each, self.source.module, self.limit)
+        try:
+            if rows > 1:
+                return self._probed(together(batches, rows), rows, root, EXPORT)
+        except CaptureError as error:
+            self.report.note(
+                "capture", f"calibration batches are taken one by one, not {rows} at once: {error}"
+            )
+        return self._probed(batches, 1, root)
+
+    def _probed(
+        self, batches: list[dict[str, Any]], rows: int, root: str, rung: str | None = None
+    ) -> Prepared:
+        """A graph for ``batches``, each of so many of those given, that is checked at a small shape."""
+        small, other = (_cut(batch, PROBE_TOKENS) or {} for batch in (batches[0], batches[-1]))
+        first = self._checked(small, other, root, rung)
+        if rows > 1 and reads_steps(first, PROBE_TOKENS):
+            raise CaptureError("the forward may loop over time")
         batches = self._short(first, batches, root)
         graph = self._like(first, batches, root)
         probe = Probe(first, self._flat([small], root)[0])
-        return Prepared(graph, self._flat(batches, root), probe if probe.mirrors(graph) else None, root)
+        flat = self._flat(batches, root)
+        return Prepared(graph, flat, rows, probe if probe.mirrors(graph) else None, root)
 
     def _checked(self, batch: Batch, other: Batch, root: str, rung: str | None = None) -> Graph:
         """A graph that was compared with eager execution on ``batch`` and on an input made from ``other``."""

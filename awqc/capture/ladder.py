@@ -36,6 +36,8 @@ from awqc.storage.source import ModelSource, named_tensors
 #: A way of capturing; it is given the failure of plain ``torch.export``.
 Rung = Callable[[Subject, CaptureError], Graph]
 Purpose = Literal["compile", "analyze"]
+#: The first rung.
+EXPORT = "torch.export"
 #: The rung without a graph.
 EAGER = "eager"
 REGIONS = "torch.export with regions"
@@ -102,7 +104,7 @@ def capture(
 
 
 def _rungs(subject: Subject, purpose: Purpose, failures: list[CaptureError]) -> Iterator[tuple[str, Rung]]:
-    yield "torch.export", lambda subject, failure: trace(subject)
+    yield EXPORT, lambda subject, failure: trace(subject)
     # What went through a trace but is no graph may be what explicit masks do without.
     late = bool(failures) and isinstance(failures[0], Unfollowed)
     if not late:

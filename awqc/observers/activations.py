@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
+from awqc.calibration.together import members
 from awqc.context import Context
 from awqc.errors import ConfigError, NonFiniteError
 from awqc.functional import rewrites
@@ -368,8 +369,9 @@ class Activations:
             execute(upto, env, weights, keep=[observed], tap=watch)
             if found:
                 node = found[0]
+                which = " or ".join(map(str, members(index, self.context.rows)))
                 raise NonFiniteError(
-                    f"calibration sample {index} makes {observed.name!r}, the input of {observer.name!r}, "
+                    f"calibration sample {which} makes {observed.name!r}, the input of {observer.name!r}, "
                     f"NaN or Inf; the first op to do so is {op_name(node)} ({node.name}): check the weights "
                     "it reads, or leave the sample out"
                 )

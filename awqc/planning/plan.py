@@ -20,13 +20,15 @@ from torch import fx, nn
 
 from awqc.backend import Backend
 from awqc.calibration import sequence_limit, token_batch
+from awqc.calibration.together import rows_together
 from awqc.capture import capture
+from awqc.capture.ladder import EXPORT
 from awqc.capture.roots import arguments_of, text_part
 from awqc.checkpoints.shards import MAX_SHARD_BYTES
 from awqc.config import QuantConfig
 from awqc.context import Context
 from awqc.driver import default_pipeline
-from awqc.errors import ConfigError
+from awqc.errors import CaptureError, ConfigError
 from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.made_up import stand_ins
@@ -37,6 +39,7 @@ from awqc.observers.products import propagation_dtype
 from awqc.observers.stages import Stage, Stages
 from awqc.pipeline import Pass, Pipeline
 from awqc.planning.rates import Rates, measure
+from awqc.preparation import PROBE_TOKENS
 from awqc.quantization.schemes import Schemes
 from awqc.quantized import packed_bytes
 from awqc.report import Report
@@ -161,7 +164,10 @@ def plan(
     longest = sequence_limit(module.config) if hasattr(module, "config") else None
     seq_len = min(max_calib_seq_len, longest or max_calib_seq_len)
     report, started, before = Report(config=config.as_dict()), time.perf_counter(), _resident()
-    graph = _captured(module, seq_len, root)
+    several = seq_len > 2 * PROBE_TOKENS  # as a compile has it
+    rows = rows_together(max_calib_samples, seq_len, module, limit) if several else 1
+    graph, rows = _captured(module, rows, seq_len, root)
+    batches = max_calib_samples // rows
     captured, captured_bytes = time.perf_counter(), max(_resident() - before, 0)
     _before_calibration(pipeline).run(graph, Context(config, report=report), Flags(check=False))
     if Stages not in graph.facts:
@@ -176,7 +182,7 @@ def plan(
         base = _resident() + captured_bytes
     made_up = stand_ins(from_module(module), limit, device) is not None
     sizes = {"stored": _stored(model)} | _sizes(module, graph, report)
-    needs = stage_needs(graph, max_calib_samples, limit, device, config.group_size)
+    needs = stage_needs(graph, batches, limit, device, config.group_size)
     seconds.update({name: rates.seconds(work) for name, work in _once(graph, sizes, made_up).items()})
     rounded = propagation_dtype(config.propagate_dtype, torch.float32, device) is not None
     staged = [each for each in pipeline if each.scope == "stage"]
@@ -184,12 +190,10 @@ def plan(
     of_stage = iter(needs.stages)
     for stage, nodes in _segments(graph):
         one, cast = run(nodes, rounded), weights_read(nodes)
-        moving = {"run-tokens": max_calib_samples * rates.seconds(one) + rates.seconds(cast)}
+        moving = {"run-tokens": batches * rates.seconds(one) + rates.seconds(cast)}
         if stage is not None:
             need = graph.facts[StageNeeds] = next(of_stage)
-            works = {
-                each.name: each.work(graph, stage.observers, max_calib_samples, need.kind) for each in staged
-            }
+            works = {each.name: each.work(graph, stage.observers, batches, need.kind) for each in staged}
             works["check"] = _stage_check(graph, stage, sizes)
             moving = {name: rates.seconds(work) for name, work in works.items() if work is not None} | moving
             stages.append(_stage_plan(graph, stage, need, moving))
@@ -199,7 +203,7 @@ def plan(
     unknown = [each.name for each in staged if type(each).work is Pass.work]
     notes = [f"{name} does not say what it will do: its time is not in the estimate" for name in unknown]
     try:
-        check_fits(graph, max_calib_samples, limit, config)
+        check_fits(graph, batches, limit, config)
         refusal = ""
     except ConfigError as error:
         refusal = str(error)
@@ -219,13 +223,20 @@ def plan(
     )
 
 
-def _captured(module: nn.Module, seq_len: int, root: str | None) -> Graph:
+def _captured(module: nn.Module, rows: int, seq_len: int, root: str | None) -> tuple[Graph, int]:
+    """The graph for so many sequences at once, or for one where the model takes no more."""
     source = from_module(module)
     root = text_part(module) if root is None else root
-    batch = token_batch(torch.zeros(1, seq_len, dtype=torch.int64), module)
+    batch = token_batch(torch.zeros(rows, seq_len, dtype=torch.int64), module)
     weights = Weights(source.names(), source.read, None, "cpu", aliases(module))
     (given,) = arguments_of(source, root, [batch], weights)
-    return capture(source, given, torch.float32, root=root, purpose="analyze")
+    rung = EXPORT if rows > 1 else None
+    try:
+        return capture(source, given, torch.float32, root=root, purpose="analyze", rung=rung), rows
+    except CaptureError:
+        if rows == 1:
+            raise
+    return _captured(module, 1, seq_len, root)
 
 
 def _before_calibration(pipeline: Pipeline) -> Pipeline:

@@ -244,6 +244,16 @@ def test_activations_that_are_not_finite(case: str, where: int) -> None:
     )
 
 
+def test_of_samples_that_move_together_all_are_named() -> None:
+    batches = [{"x": torch.rand(2, 4, 16) + 1} for _ in range(8)]
+    batches[5]["x"][1, 2, 5] = -1.0
+    graph, context = graph_of(Fragile(), **batches[1]), context_of(batches)
+    Pipeline(ANALYSIS).run(graph, Context(context.config, batches[1:2]))
+    context.rows = 2
+    with pytest.raises(NonFiniteError, match="calibration sample 5 or 13 makes 'log'"):
+        Activations(graph, graph.facts[Stages], context).observe(next(iter(graph.facts[Stages])))
+
+
 def test_masks_may_hold_minus_infinity() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
