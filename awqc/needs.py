@@ -52,6 +52,7 @@ class StageNeeds:
         offloaded: of Gram matrices on the host.
         passes: the most that a pass over the stage needs, activations and statistics included.
         moving: what it takes to move one sample after the other to the next stage.
+        together: whether products take all experts at once, as on a GPU.
     """
 
     name: str
@@ -61,6 +62,7 @@ class StageNeeds:
     offloaded: int
     passes: int
     moving: int
+    together: bool = False
 
     @property
     def peak(self) -> int:
@@ -125,7 +127,8 @@ def stage_needs(
         last = number == len(stages) - 1  # nothing is quantized behind it, so nothing moves there
         moving = resident + again + (0 if last else _moving(live, stage))
         name = stage.observers[0].name
-        found.append(StageNeeds(name, kind, at_once, resident, offloaded, passes, moving))
+        together = device.type == "cuda"
+        found.append(StageNeeds(name, kind, at_once, resident, offloaded, passes, moving, together))
     return Needs(found, place, narrowest)
 
 

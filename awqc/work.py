@@ -26,9 +26,10 @@ from awqc.views import ExpertLinear, Linear, expert_linear, linear, operand, sha
 #: Gram matrices, of those that move tokens, and of Cholesky factorizations; moved, streamed: bytes that
 #: elementwise ops read and write, of activations and of weights, which are too large for caches; clipped:
 #: weights times clipping candidates; columns, elements: steps of compensated rounding, each of one column,
-#: and the weights in them; calls: ops, however small; read, written: bytes of files on disk; loaded: bytes
-#: of files that the system has in memory, brought to the device; packed: weights that a
-#: backend packs.
+#: and the weights in them; calls: ops that compute, however small; read, written: bytes of files on disk;
+#: loaded, paged: bytes of files that the system has in memory, brought to the device, through page-locked
+#: memory or through any other; unloaded: bytes brought from the device to the host; packed: weights that a
+#: backend packs; starts: what is done once in a process that uses the device, in times.
 Unit = Literal[
     "flops",
     "grams",
@@ -42,8 +43,11 @@ Unit = Literal[
     "calls",
     "read",
     "loaded",
+    "paged",
+    "unloaded",
     "written",
     "packed",
+    "starts",
 ]
 Work = Counter[Unit]
 
@@ -91,7 +95,7 @@ def run(nodes: Iterable[fx.Node], rounded: bool) -> Work:
         elif formula is not None:
             operands = tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, dict(node.kwargs)))
             work["flops"] += int(formula(*operands[0], **operands[1], out_val=value))
-        elif not _is_view(node):
+        elif not is_view(node.target):
             work["moved"] += _bytes(node)
     return work
 
@@ -109,8 +113,9 @@ def _bytes(node: fx.Node) -> int:
     return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+def is_view(op: object) -> bool:
+    """Whether ``op`` computes nothing: its result is a view of what it is given, or no tensor op made it."""
+    schema = getattr(op, "_schema", None)
     return schema is None or any(
         r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
     )

@@ -86,6 +86,7 @@ def main() -> int:
     print("\n".join(notes))
     table(seconds, total)
     figures: dict[str, Any] = {"seconds": seconds, "total_seconds": imported + total, "notes": notes}
+    figures["compile_seconds"] = total
     figures["host"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if options.device.startswith("cuda"):
         figures["device"] = torch.cuda.max_memory_allocated()

@@ -10,9 +10,10 @@ import torch
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.memory import FLOAT, Kind
+from awqc.memory import Kind, added_rows
+from awqc.needs import StageNeeds
 from awqc.observers.activations import Activations
-from awqc.observers.expert_sums import ROUNDS, joins
+from awqc.observers.expert_sums import adding_work
 from awqc.observers.input_statistics import InputStatistics, gram_block
 from awqc.observers.stages import Observer, Observers, Stages
 from awqc.observers.statistics import Statistics
@@ -35,22 +36,23 @@ class Calibrate(Pass):
     provides: ClassVar[tuple[type, ...]] = (Statistics,)
 
     def work(self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full") -> Work:
-        work, schemes = Work(), graph.facts[Schemes]
+        work, schemes, needs = Work(), graph.facts[Schemes], graph.facts.get(StageNeeds)
+        together = needs is not None and needs.together
         for observer in observers:
             views = {type(view): view for view in observer.views}
             for view in views.values():  # statistics are shared by all that read the activation
                 k, tokens, block = view.in_features, rows(view) * samples, gram_block(view.in_features)
-                work["grams"] += tokens * k * (k + block if kind != "sampled" else 2 * gram_block(0))
-                work["calls"] += samples * (8 + k // block)
                 if isinstance(view, ExpertLinear) and kind == "full":
-                    times = joins(view.count, k, tokens)
-                    work["streamed"] += times * view.count * 2 * FLOAT * k * k
-                    work["calls"] += times * ROUNDS * (8 + k // block)
+                    work += adding_work(view.count, k, rows(view), samples, together)
+                    continue
+                times = samples if kind == "sampled" else -(-tokens // max(added_rows(k), rows(view)))
+                work["grams"] += tokens * k * (k + block if kind != "sampled" else 2 * gram_block(0))
+                work["calls"] += samples + times * (4 + -(-k // block))
         for _, view, _ in quantized_views(observers, schemes):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)
             work["streamed"] += count * 4 * n * k
-            work["calls"] += len(batches(view)) * 40
+            work["calls"] += len(batches(view)) * 50
         return work
 
     def run(self, graph: Graph, context: Context) -> None:

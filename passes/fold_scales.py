@@ -13,13 +13,13 @@ from typing import ClassVar
 
 from awqc.context import Context
 from awqc.graph import Graph
-from awqc.memory import Kind
+from awqc.memory import FLOAT, Kind
 from awqc.observers.activations import Activations
 from awqc.observers.stages import Observer
 from awqc.observers.statistics import Statistics
 from awqc.pipeline import Pass
 from awqc.quantization.scales import FoldedScales, Scales
-from awqc.verify import CHECKED_ROWS
+from awqc.views import ExpertLinear
 from awqc.work import Work, matrices_of, rows
 
 
@@ -34,15 +34,20 @@ class FoldScales(Pass):
     consumes: ClassVar[tuple[type, ...]] = (Scales,)
 
     def work(self, graph: Graph, observers: Sequence[Observer], samples: int, kind: Kind = "full") -> Work:
-        # Weights are multiplied, samples divided, and the linears of one sample run before and after.
+        # Weights are multiplied, two Gram matrices from both sides, and what is live of each sample divided:
+        # once for all that read it, and rows of experts by what is looked up for each.
         work = Work()
         for observer in observers:
-            for view in observer.views if observer.group is not None else ():
-                n, k, count = view.out_features, view.in_features, matrices_of(view)
-                work["streamed"] += count * (24 * n * k + 16 * k * k)
-                work["moved"] += samples * 12 * rows(view) * k
-                work["flops"] += 4 * min(rows(view), CHECKED_ROWS) * n * k
-                work["calls"] += 200 + 8 * samples
+            if observer.group is None:
+                continue
+            for view in {type(view): view for view in observer.views}.values():
+                k, stacked = view.in_features, isinstance(view, ExpertLinear)
+                work["streamed"] += matrices_of(view) * 2 * 2 * 2 * FLOAT * k * k
+                work["moved"] += samples * 2 * FLOAT * rows(view) * k
+                work["calls"] += samples * (2 if stacked else 1)
+            for view in observer.views:
+                work["streamed"] += matrices_of(view) * 6 * FLOAT * view.out_features * view.in_features
+                work["calls"] += 50
         return work
 
     def run(self, graph: Graph, context: Context) -> None:

@@ -46,7 +46,7 @@ _DTYPES = {
 #: Bytes of a tensor that one thread reads: a copy from the system's cache is bound by a core.
 _PART = 1 << 25
 #: Bytes of the largest tensor in page-locked memory, which is kept for others of its size.
-_LOCKED_MOST = 1 << 28
+LOCKED_MOST = 1 << 28
 _READERS = ThreadPoolExecutor(4, thread_name_prefix="read")
 _PAGE_LOCKED: ContextVar[bool] = ContextVar("_PAGE_LOCKED", default=False)
 _LFS_POINTER = b"version https://git-lfs"
@@ -233,7 +233,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
     Raises:
         CheckpointError: if its file cannot be read.
     """
-    locked = _PAGE_LOCKED.get() and info.nbytes <= _LOCKED_MOST
+    locked = _PAGE_LOCKED.get() and info.nbytes <= LOCKED_MOST
     tensor = torch.empty(info.shape, dtype=info.dtype, pin_memory=locked)
     if info.nbytes == 0:
         return tensor

@@ -7,12 +7,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from awqc.memory import added_rows
-from awqc.observers.input_statistics import ALONE, add_gram
+from awqc.memory import FLOAT, added_rows
+from awqc.observers.input_statistics import ALONE, add_gram, gram_block
 from awqc.ranks import Ranks
+from awqc.work import Work
 
-#: Products of all experts in which rows that have waited are added up, spread as routers do; for plans.
-ROUNDS = 3
+#: For plans, as counted: rows of the experts that have most, one in :data:`_TOGETHER` apart, over the mean,
+#: with a router that nobody trained to spread them; and ops for each product of all experts, for each of one
+#: expert, and for the order of all rows, beside those for the blocks of Gram matrices.
+_SKEW, _ROUND_OPS, _ALONE_OPS, _ORDER_OPS = 4, 17, 4, 10
 #: One expert in so many must still have rows for all to be added up together, padded with zeros.
 _TOGETHER = 16
 
@@ -37,9 +40,7 @@ class ExpertSums:
         self.magnitude = torch.zeros(count, width, device=device)
         self.tokens = [0] * count
         self._together = device.type == "cuda" if together is None else together
-        #: Rows of an expert that are added up together. While they are, there are half as many waiting, these
-        #: joined, and those that are multiplied.
-        self._at_once = max(1, added_rows(width, expert=True) // 2)
+        self._at_once = _at_once(width)
         self._waiting: list[tuple[Tensor, list[int]]] = []
         self._rows = 0
 
@@ -86,7 +87,34 @@ class ExpertSums:
         magnitude += rows.abs().sum(-2)
 
 
-def joins(count: int, width: int, tokens: int) -> int:
-    """How often rows that wait are added up, of ``tokens`` rows of ``count`` experts of ``width`` channels,
-    for plans."""
-    return -(-tokens // (count * max(1, added_rows(width, expert=True) // 2)))
+def _at_once(width: int) -> int:
+    """Rows of an expert that are added up together. While they are, there are half as many waiting, these
+    joined, and those that are multiplied."""
+    return max(1, added_rows(width, expert=True) // 2)
+
+
+def joins(count: int, width: int, rows: int, samples: int) -> int:
+    """How often rows that wait are added up, of so many ``samples``, each of ``rows`` rows of ``count``
+    experts of ``width`` channels; for plans. A sample is not divided."""
+    return -(-samples // max(1, count * _at_once(width) // rows))
+
+
+def adding_work(count: int, width: int, rows: int, samples: int, together: bool) -> Work:
+    """What it takes to add up the rows of experts; arguments as for :func:`joins` and :class:`ExpertSums`."""
+    block, times = gram_block(width), joins(count, width, rows, samples)
+    blocks, alone = -(-width // block), count
+    work, products = Work({"calls": times * (_ORDER_OPS + 2 * -(-samples // times))}), 1
+    if together:
+        # The rows of every expert are padded to those that are added up at once; what few have more comes
+        # after it, expert by expert.
+        padded = count * _at_once(width)
+        products = -(-_SKEW * rows * samples // (times * padded))
+        alone = max(count // _TOGETHER - 1, 0)
+        work["calls"] += times * products * (_ROUND_OPS + blocks)
+        work["grams"] += times * products * padded * width * (width + block)
+    else:
+        work["grams"] += samples * rows * width * (width + block)
+    work["calls"] += times * alone * (_ALONE_OPS + blocks)
+    # Of the upper triangle, each time.
+    work["streamed"] += times * products * count * FLOAT * width * (width + block)
+    return work

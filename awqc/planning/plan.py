@@ -32,12 +32,13 @@ from awqc.errors import CaptureError, ConfigError
 from awqc.flags import Flags
 from awqc.graph import Graph
 from awqc.made_up import stand_ins
-from awqc.memory import FLOAT, SHARD_SHARE, MemoryLimit, memory_limit
+from awqc.memory import SHARD_SHARE, MemoryLimit, memory_limit
 from awqc.needs import Needs, StageNeeds, check_fits, stage_needs
 from awqc.observers.dependence import dependent_on
 from awqc.observers.products import propagation_dtype
 from awqc.observers.stages import Stage, Stages
 from awqc.pipeline import Pass, Pipeline
+from awqc.planning.around import once, stage_check, stage_journal
 from awqc.planning.rates import Rates, measure
 from awqc.preparation import PROBE_TOKENS
 from awqc.quantization.schemes import Schemes
@@ -53,12 +54,6 @@ _HELD, _STREAMED = 4 + 8 + 8, 8
 #: Bytes for each element of the largest tensor when what was written is read back and compared: in the 16
 #: bits that it comes from, and where the CPU computes in float32.
 _READ_BACK = {"cpu": 2 + 4, "cuda": 2}
-#: Copies of the weights that are written or read while a whole graph runs once: one, and on made-up weights
-#: those that it takes to make them.
-_RUN, _RUN_MADE_UP = 1, 5
-#: Ops that it takes to bring a linear, or experts that are stacked, into a checkpoint's layout, and each
-#: matrix of them to the host.
-_ENCODING, _TAKING = 150, 10
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,9 @@ class Plan:
         samples, seq_len: of the calibration.
         device: where it computes.
         stages: in their order.
-        seconds: by pass, in their order; what no stage does (capture, reading, saving) too.
+        seconds: by pass, in their order; what no stage does (capture, reading, saving) too, and under
+            ``start`` what is done once: to import the model's code, to open the device, and the first call of
+            everything, which a compile spends in any pass.
         memory: bytes at the peak of the process: of the ``host``, and of the ``device`` where that is a GPU.
         disk: bytes of the output, and beside it of the journal and of what is kept on disk meanwhile.
         refusal: why the compile would be refused; empty if it would not be.
@@ -160,7 +157,9 @@ def plan(
     config, device = config or QuantConfig(), torch.device(device)
     limit = memory_limit(max_memory, device)
     pipeline = pipeline or default_pipeline()
+    began = time.perf_counter()
     module = model if isinstance(model, nn.Module) else skeleton(Path(model))
+    opened = time.perf_counter() - began  # mostly its code, which is imported
     longest = sequence_limit(module.config) if hasattr(module, "config") else None
     seq_len = min(max_calib_seq_len, longest or max_calib_seq_len)
     report, started, before = Report(config=config.as_dict()), time.perf_counter(), _resident()
@@ -174,7 +173,11 @@ def plan(
         raise ConfigError("this pipeline calibrates nothing: there is no compile to plan")
     # A compile captures a second time, at a few tokens, for its checks.
     seconds = Counter(
-        {"capture": 2 * (captured - started), "find-scale-groups": time.perf_counter() - captured}
+        {
+            "start": opened,
+            "capture": 2 * (captured - started),
+            "find-scale-groups": time.perf_counter() - captured,
+        }
     )
     base = _resident() + captured_bytes  # a compile captures twice
     rates = rates or measure(device, config.scheme, config.propagate_dtype, backend)
@@ -183,7 +186,7 @@ def plan(
     made_up = stand_ins(from_module(module), limit, device) is not None
     sizes = {"stored": _stored(model)} | _sizes(module, graph, report)
     needs = stage_needs(graph, batches, limit, device, config.group_size)
-    seconds.update({name: rates.seconds(work) for name, work in _once(graph, sizes, made_up).items()})
+    seconds.update({name: rates.seconds(work) for name, work in once(graph, sizes, made_up).items()})
     rounded = propagation_dtype(config.propagate_dtype, torch.float32, device) is not None
     staged = [each for each in pipeline if each.scope == "stage"]
     stages = []
@@ -194,7 +197,8 @@ def plan(
         if stage is not None:
             need = graph.facts[StageNeeds] = next(of_stage)
             works = {each.name: each.work(graph, stage.observers, batches, need.kind) for each in staged}
-            works["check"] = _stage_check(graph, stage, sizes)
+            works["check"] = stage_check(stage, sizes)
+            works["journal"] = stage_journal(graph, stage)
             moving = {name: rates.seconds(work) for name, work in works.items() if work is not None} | moving
             stages.append(_stage_plan(graph, stage, need, moving))
         seconds.update(moving)
@@ -273,47 +277,6 @@ def _stage_plan(graph: Graph, stage: Stage, needs: StageNeeds, seconds: dict[str
         needs.peak,
         seconds,
     )
-
-
-def _once(graph: Graph, sizes: Mapping[str, int], made_up: bool) -> dict[str, Work]:
-    """What is done once beside tracing: the graph is run against the model on two inputs and against itself
-    after a pass has changed it, every fold is proven in float64, and the result is packed and written."""
-    weights = sizes["model_before"] // 2
-    copies = _RUN_MADE_UP if made_up else _RUN
-
-    def runs(count: int, size: int) -> Work:
-        """So many of the whole graph on a few tokens, in numbers of ``size`` bytes."""
-        return Work({"streamed": count * copies * size * weights, "calls": count * len(graph.nodes)})
-
-    def loading(size: int) -> Work:
-        return Work() if made_up else _loading(sizes, weights, size)
-
-    folding = Work({"streamed": 2 * 2 * FLOAT * weights})
-    return {
-        "capture": runs(4, FLOAT) + loading(FLOAT),
-        "check": runs(2, FLOAT),
-        "find-scale-groups": runs(2, 2 * FLOAT) + loading(2 * FLOAT) + folding,
-        "lower": Work({"packed": sizes["linears_before"] // 2}),
-        "save": Work(
-            {
-                "written": sizes["model_after"],
-                "streamed": 10 * weights,
-                "calls": _ENCODING * sizes["linears"] + _TAKING * sizes["matrices"],
-            }
-        ),
-    }
-
-
-def _stage_check(graph: Graph, stage: Stage, sizes: Mapping[str, int]) -> Work:
-    """Its weights are read, and what folds can reach is run on one sample before and after them."""
-    weights = sum(matrices_of(v) * v.out_features * v.in_features for o in stage.observers for v in o.views)
-    return _loading(sizes, weights, FLOAT) + Work({"calls": 2 * (stage.end - stage.start)})
-
-
-def _loading(sizes: Mapping[str, int], weights: int, size: int) -> Work:
-    """Bringing ``weights`` from files to the device, in numbers of ``size`` bytes."""
-    stored = sizes["stored"] * weights // (sizes["model_before"] // 2)
-    return Work({"loaded": stored, "streamed": stored + size * weights})
 
 
 def _sizes(module: nn.Module, graph: Graph, report: Report) -> dict[str, int]:

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from awqc.graph import Graph
 from awqc.memory import Kind
 from awqc.observers.activations import Activations
 from awqc.observers.expert_statistics import ExpertStatistics
-from awqc.observers.expert_sums import ExpertSums
+from awqc.observers.expert_sums import ExpertSums, adding_work, joins
 from awqc.observers.grams import SampledGram
 from awqc.observers.input_statistics import InputStatistics
 from awqc.observers.stages import Stages
@@ -21,6 +22,7 @@ from awqc.observers.statistics import Statistics
 from awqc.quantization.loss import output_loss
 from awqc.quantization.matrices import Matrix
 from awqc.views import expert_linears
+from awqc.work import is_view
 from tests.mixtures import EXPERTS, Mixture
 from tests.passes.graphs import ANALYSIS, Look, run, samples
 
@@ -213,3 +215,34 @@ def test_sums_on_a_gpu_are_those_of_the_cpu() -> None:
     eps = 705 * torch.finfo(torch.float32).eps
     assert (there.gram.cpu().triu() - here.gram.triu()).abs().max() <= eps * here.gram.abs().amax()
     torch.testing.assert_close(there.magnitude.cpu(), here.magnitude, rtol=eps, atol=0)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the ops that compute."""
+
+    ops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops += not is_view(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(("experts", "width", "tokens", "count"), [(64, 128, 400, 16), (32, 256, 900, 8)])
+def test_work_of_sums_is_what_a_plan_says(
+    together: bool, experts: int, width: int, tokens: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows that are spread as by a router without training: some experts have a few times the mean."""
+    generator = torch.Generator().manual_seed(1)
+    share = torch.randn(experts, generator=generator).softmax(0)
+    sums, times = ExpertSums(experts, width, torch.device("cpu"), together), []
+    join = ExpertSums._joined
+    monkeypatch.setattr(ExpertSums, "_joined", lambda self: times.append(1) or join(self))
+    with Counted() as counted:
+        for _ in range(count):
+            chosen = torch.multinomial(share, tokens, True, generator=generator)
+            sums.add(torch.zeros(tokens, width), chosen.bincount(minlength=experts).tolist())
+        sums.add_up()
+    assert len(times) == joins(experts, width, tokens, count)
+    foretold = adding_work(experts, width, tokens, count, together)
+    assert 0.5 < foretold["calls"] / counted.ops < 2
