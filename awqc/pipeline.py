@@ -230,11 +230,12 @@ class _Runner:
     def __init__(self, graph: Graph, context: Context, flags: Flags) -> None:
         self.graph, self.context, self.flags = graph, context, flags
         self._report, self._retries = context.report, Retries(graph, context)
+        self._copied: tuple[tuple[int, int], Graph] | None = None
 
     def run_on_graph(self, current: Pass) -> None:
         equal = current.output == "equal" and self.flags.check
         text = self.graph.text() if self.flags.wants(current.name) else ""
-        before, state = self.graph.copy() if equal else None, self._state()
+        before, state = self._copy() if equal else None, self._state()
         self._timed(current)
         self.graph.verify()
         if before is not None and self._state() != state:
@@ -258,11 +259,17 @@ class _Runner:
         if self.context.batches:
             check_equal(current.name, before, self.graph, self.context.batches[0])
 
+    def _copy(self) -> Graph:
+        """The graph as it is, on nodes of its own: the same copy as long as nothing changes."""
+        if self._copied is None or self._copied[0] != self._state():
+            self._copied = self._state(), self.graph.copy()
+        return self._copied[1]
+
     def _state(self) -> tuple[int, int]:
         return self.graph.version, self.graph.weights.version
 
     def run_on_stages(self, passes: list[Pass], later: list[Pass]) -> None:
-        self.context.probe = None  # from here on weights change, and are checked stage by stage
+        self.context.probe = self._copied = None  # from here on weights change, and are checked by stage
         _check_there(self.graph, passes[0])
         stages, context = self.graph.facts[Stages], self.context
         own = len(context.ranks.mine(context.batches))
@@ -317,7 +324,8 @@ class _Runner:
 
     def _run_on_stage(self, stage: Stage, passes: list[Pass], activations: Activations) -> None:
         self.context.stage = stage
-        check = StageCheck(self.graph, stage, activations) if self.flags.check else None
+        with self._report.timed("check"):
+            check = StageCheck(self.graph, stage, activations) if self.flags.check else None
         propagate_float = self.context.config.propagate == "float"
         for current in passes:
             if current.output == "lossy" and propagate_float:

@@ -117,8 +117,15 @@ class Grid:
         return Grid(scales, zeros, self.scheme, self.in_features)
 
     def nearest(self, weight: Tensor) -> Tensor:
-        """``weight`` rounded to this grid."""
-        return self.decode(self.encode(weight))
+        """``weight`` ``(..., N, K)`` rounded to this grid."""
+        grouped = split_groups(weight, self.scheme.group(self.in_features))
+        return self.nearest_in_groups(grouped).flatten(-2)[..., : self.in_features]
+
+    def nearest_in_groups(self, grouped: Tensor) -> Tensor:
+        """The same of a weight in groups, ``(..., N, G, g)``: scales are not spread over columns first."""
+        scales, zeros = self.scales[..., None], self.zeros[..., None]
+        codes = (grouped / scales).round_().add_(zeros).clamp_(0, self.scheme.levels - 1)
+        return codes.sub_(zeros).mul_(scales)
 
 
 @dataclass(frozen=True)

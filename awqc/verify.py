@@ -80,10 +80,11 @@ class StageCheck:
         # Everything that the stage's groups scale. What weights alone determine, and lists of tensors of
         # which a group scales some, are looked through: their readers are what must not notice.
         scaled = {n for g in self.stage.groups for n in g.values}
-        for node in self.graph.nodes:
-            inner = node in self.activations.weight_only or not isinstance(node.meta.get("val"), Tensor)
-            if inner and not scaled.isdisjoint(node.all_input_nodes):
-                scaled.add(node)
+        pending = list(scaled)
+        for reader in (reader for node in pending for reader in node.users if reader not in scaled):
+            if reader in self.activations.weight_only or not isinstance(reader.meta.get("val"), Tensor):
+                scaled.add(reader)
+                pending.append(reader)
         frontier = {u for n in scaled for u in n.users if u not in scaled and u.op == "call_function"}
         frontier |= {view.node for view in self.stage.linears}
         # Taken now: when the tokens have moved on, what the stage started from is gone. Readers that ran

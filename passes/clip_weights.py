@@ -63,7 +63,7 @@ class ClipWeights(Pass):
             n, k, count = view.out_features, view.in_features, matrices_of(view)
             work["clipped"] += count * n * k * len(self.shrinks)
             work["flops"] += count * 4 * min(n, GATE_ROWS) * k * gram_rows(k, kind)
-            work["calls"] += len(batches(view)) * (31 * len(self.shrinks) + 74)
+            work["calls"] += len(batches(view)) * (11 * len(self.shrinks) + 70)
         return work
 
     def run(self, graph: Graph, context: Context) -> None:

@@ -117,8 +117,8 @@ class SearchScales(Pass):
             work["flops"] += 2 * sampled * k * gram_rows(k, kind)
             work["moved"] += 16 * sampled * k
             work["streamed"] += count * 12 * n * k
-            work["calls"] += 8 * candidates + len(batches(view, candidates * rows)) * (
-                2 * (24 * len(self.shrinks) + 60)
+            work["calls"] += 2 * candidates + len(batches(view, candidates * rows)) * (
+                2 * (12 * len(self.shrinks) + 82)
             )
             if self.rounding == "compensated" and kind != "sampled":
                 work["columns"] += count * 2 * k
@@ -177,8 +177,8 @@ class SearchScales(Pass):
                 if family == "duo":
                     scales = scales / weight ** (1 - ratio)
                 labels.append((family, ratio))
-                found.append(_normalised(scales, group.alive))
-        return labels, torch.stack(found, 1)
+                found.append(scales)
+        return labels, _normalised(torch.stack(found, 1), group.alive[:, None])
 
     def _of_all(self, group: Parts, work: Callable[[Member, Run], Tensor], ranks: Ranks) -> list[Tensor]:
         """What ``work`` finds of the matrices of each member ``(P, M, ...)``, as many at once as fit; divided
@@ -323,7 +323,7 @@ def _normalised_magnitude(weight: Tensor) -> Tensor:
 
 
 def _normalised(scales: Tensor, alive: Tensor) -> Tensor:
-    """``scales`` ``(P, C)`` around 1; 1 where they are not ``alive``."""
+    """``scales`` ``(..., C)`` around 1; 1 where they are not ``alive``."""
     largest = scales.where(alive, -torch.inf).amax(-1, keepdim=True)
     smallest = scales.where(alive, torch.inf).amin(-1, keepdim=True)
     scales = scales / (largest * smallest).sqrt()

@@ -9,6 +9,7 @@ rounding can still spread what falls outside over other columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,24 +46,22 @@ def clipped_grid(
     grouped = split_groups(weight, scheme.group(width))
     undo = None if columns is None else split_groups(columns, scheme.group(width)).reciprocal()
     low, high = grouped.amin(-1), grouped.amax(-1)
-    best_loss = torch.full_like(low, float("inf"))
-    best_low, best_high, share = low.clone(), high.clone(), torch.ones_like(low)
-    for shrink in shrinks:
-        grid = grid_from_range(low * shrink, high * shrink, scheme, width)
-        error = nearest_in_groups(grouped, grid).sub_(grouped)
+    # The grids of all candidates at once: what is as large as the weight is one candidate's at a time.
+    shares = _on(low.device, tuple(shrinks))
+    ranges = shares.view(-1, *[1] * low.ndim)
+    grids = grid_from_range(low * ranges, high * ranges, scheme, width)
+    losses = torch.empty_like(grids.scales)
+    for loss, grid in zip(losses, grids.each(), strict=True):
+        error = grid.nearest_in_groups(grouped).sub_(grouped)
         if undo is not None:
             error.mul_(undo)
-        loss = group_losses(error, blocks)
-        better = loss < best_loss
-        best_loss = torch.where(better, loss, best_loss)
-        best_low = torch.where(better, low * shrink, best_low)
-        best_high = torch.where(better, high * shrink, best_high)
-        share = torch.where(better, shrink, share)
-    return grid_from_range(best_low, best_high, scheme, width), share
+        loss.copy_(group_losses(error, blocks))
+    best = losses.nan_to_num_(nan=torch.inf, posinf=torch.inf).argmin(0, keepdim=True)
+    scales, zeros = (each.gather(0, best)[0] for each in (grids.scales, grids.zeros))
+    return Grid(scales, zeros, scheme, width), shares[best[0]]
 
 
-def nearest_in_groups(grouped: Tensor, grid: Grid) -> Tensor:
-    """``grouped`` ``(..., N, G, g)`` rounded to ``grid`` without spreading scales over columns first."""
-    scales, zeros = grid.scales[..., None], grid.zeros[..., None]
-    codes = (grouped / scales).round_().add_(zeros).clamp_(0, grid.scheme.levels - 1)
-    return codes.sub_(zeros).mul_(scales)
+@cache
+def _on(device: torch.device, shrinks: tuple[float, ...]) -> Tensor:
+    """Candidates where they are compared; sent there once, since sending waits for all that is queued."""
+    return torch.tensor(shrinks, dtype=torch.float32, device=device)

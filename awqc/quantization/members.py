@@ -67,10 +67,13 @@ class Member:
         """The factor of each input column under ``scales`` ``(P, S, C)``: ``(B, S, K)``."""
         each = len(self.matrices[0])
         padded = torch.cat([scales, scales.new_ones(*scales.shape[:2], 1)], -1)
-        of = torch.tensor([place // each for place in run.places], device=scales.device)
         ids = self.ids.expand(-1, each, -1).flatten(0, 1)[run.places.start : run.places.stop, None]
         index = torch.where(ids >= 0, ids, scales.shape[-1]).expand(-1, scales.shape[1], -1)
-        return padded[of].gather(2, index) ** self.degree
+        if len(scales) == 1:
+            padded = padded.expand(len(index), -1, -1)
+        else:
+            padded = padded[torch.tensor([place // each for place in run.places], device=scales.device)]
+        return padded.gather(2, index) ** self.degree
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awqc.quantization.clipping import SHRINKS, clipped_grid, nearest_in_groups
+from awqc.quantization.clipping import SHRINKS, clipped_grid
 from awqc.quantization.loss import gram_blocks, group_losses, output_loss
 from awqc.quantized import Scheme, grid_from_range, minmax_grid, split_groups
 
@@ -75,11 +75,20 @@ def test_input_scales_are_undone_in_the_loss() -> None:
     assert torch.equal(one.scales, other.scales)
 
 
-def test_nearest_in_groups_is_the_grid_s_own_rounding() -> None:
+@pytest.mark.parametrize("size", [16, -1])  # a ragged last group, and whole rows
+def test_rounding_in_groups_is_what_codes_stand_for(size: int) -> None:
     weight, _ = problem(40)
-    grid = minmax_grid(weight, Scheme(4, 16))
-    grouped = nearest_in_groups(split_groups(weight, 16), grid)
-    assert torch.equal(grouped.flatten(1)[:, :40], grid.nearest(weight))
+    grid = minmax_grid(weight, Scheme(4, size))
+    assert torch.equal(grid.nearest(weight), grid.decode(grid.encode(weight)))
+
+
+def test_a_candidate_without_a_loss_is_not_chosen() -> None:
+    weight, gram = problem(16)
+    blocks = gram_blocks(gram, 16)
+    blocks[..., 0, 0] = torch.nan
+    grid, share = clipped_grid(weight, Scheme(4, 16), blocks)
+    assert torch.equal(grid.scales, minmax_grid(weight, Scheme(4, 16)).scales)
+    assert bool((share == 1).all())
 
 
 def test_losses_of_groups_add_up_when_groups_do_not_interact() -> None:
