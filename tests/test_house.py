@@ -55,8 +55,8 @@ def test_the_sources_are_found() -> None:
 
 # -- no architecture by name -------------------------------------------------------------------------------
 
-#: Model types of transformers that are ordinary words.
-WORDS = {"align", "bit", "clip", "ctrl", "git"}
+#: Model types of transformers that are ordinary words, one of them of torch.fx.
+WORDS = {"align", "bit", "clip", "codegen", "ctrl", "git"}
 #: The demo ships one model, and says which.
 SHIPS_A_MODEL = {"awqc/demo/__init__.py", "awqc/cli/demo.py"}
 
