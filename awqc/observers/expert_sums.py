@@ -15,7 +15,7 @@ from awqc.work import Work
 #: For plans, as counted: rows of the experts that have most, one in :data:`_TOGETHER` apart, over the mean,
 #: with a router that nobody trained to spread them; and ops for each product of all experts, for each of one
 #: expert, and for the order of all rows, beside those for the blocks of Gram matrices.
-_SKEW, _ROUND_OPS, _ALONE_OPS, _ORDER_OPS = 4, 17, 4, 10
+_SKEW, _ROUND_OPS, _ALONE_OPS, _ORDER_OPS = 4, 11, 4, 10
 #: One expert in so many must still have rows for all to be added up together, padded with zeros.
 _TOGETHER = 16
 
@@ -58,27 +58,30 @@ class ExpertSums:
             return
         x, order, counts = self._joined()
         starts, done = list(accumulate(counts, initial=0)), 0
+        bounds = torch.tensor(starts, device=x.device)
+        numbers = torch.arange(self._at_once, device=x.device)
         while self._together and _TOGETHER * sum(count > done for count in counts) >= len(counts):
-            places = torch.tensor(starts[:-1])[:, None] + done + torch.arange(self._at_once)
-            there = places < torch.tensor(starts[1:])[:, None]
+            places = bounds[:-1, None] + done + numbers
+            there = places < bounds[1:, None]
             # The last row is zeros.
             chosen = torch.where(there, order[places.clamp(max=len(order) - 1)], len(x) - 1)
-            self._account(self.gram, self.magnitude, x[chosen.to(x.device)], ranks)
+            self._account(self.gram, self.magnitude, x[chosen], ranks)
             done += self._at_once
-        where = order.to(x.device)
         for expert, count in enumerate(counts):
             if count > done:
-                rows = x[where[starts[expert] + done : starts[expert + 1]]]
+                rows = x[order[starts[expert] + done : starts[expert + 1]]]
                 self._account(self.gram[expert], self.magnitude[expert], rows, ranks)
 
     def _joined(self) -> tuple[Tensor, Tensor, list[int]]:
-        """Everything that waits, with a row of zeros behind; its rows in the order of experts, on the host;
-        and how many each has."""
+        """Everything that waits, with a row of zeros behind; its rows in the order of experts; and how many
+        each has. The order is found where the rows are: a GPU needs not wait for it, nor do threads of the
+        host for each other."""
         waiting, self._waiting, self._rows = self._waiting, [], 0
         x = torch.cat([*(rows for rows, _ in waiting), waiting[0][0].new_zeros(1, self.gram.shape[-1])])
-        numbers = torch.arange(len(self.tokens))
-        experts = torch.cat([numbers.repeat_interleave(torch.tensor(counts)) for _, counts in waiting])
-        together = [sum(each) for each in zip(*(counts for _, counts in waiting), strict=True)]
+        numbers = torch.arange(len(self.tokens), device=x.device).repeat(len(waiting))
+        each = torch.tensor([counts for _, counts in waiting], device=x.device).flatten()
+        experts = numbers.repeat_interleave(each, output_size=len(x) - 1)
+        together = [sum(some) for some in zip(*(counts for _, counts in waiting), strict=True)]
         return x, experts.argsort(stable=True), together
 
     @staticmethod
@@ -103,7 +106,7 @@ def adding_work(count: int, width: int, rows: int, samples: int, together: bool)
     """What it takes to add up the rows of experts; arguments as for :func:`joins` and :class:`ExpertSums`."""
     block, times = gram_block(width), joins(count, width, rows, samples)
     blocks, alone = -(-width // block), count
-    work, products = Work({"calls": times * (_ORDER_OPS + 2 * -(-samples // times))}), 1
+    work, products = Work({"calls": samples + times * _ORDER_OPS}), 1
     if together:
         # The rows of every expert are padded to those that are added up at once; what few have more comes
         # after it, expert by expert.
