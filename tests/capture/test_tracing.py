@@ -31,9 +31,13 @@ def test_a_graph_is_code_when_it_is_called() -> None:
 def test_all_is_as_before_after_a_failure() -> None:
     before, traceback = fx.GraphModule.recompile, vars(fx.proxy)["CapturedTraceback"]
     assert gc.isenabled()
-    with pytest.raises(ValueError, match="within"), quick_tracing():
+
+    def failing(x: torch.Tensor) -> torch.Tensor:
         assert not gc.isenabled()
         raise ValueError("within")
+
+    with pytest.raises(ValueError, match="within"), quick_tracing():
+        make_fx(failing)(torch.ones(2))
     assert gc.isenabled()
     assert fx.GraphModule.recompile is before
     assert vars(fx.proxy)["CapturedTraceback"] is traceback
