@@ -86,7 +86,7 @@ class Call:
     arguments: Mapping[str, Any]
 
     def launch(self) -> None:
-        """Launch it on the device of its tensors (Triton takes the current one), compiled at its first time."""
+        """Launch it, compiled at its first time, on the device of its tensors, current or not."""
         first = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
         with torch.cuda.device_of(first):
             self.function[self.grid](**self.arguments)
