@@ -121,8 +121,14 @@ def find_groups(graph: Graph) -> ScaleGroups:
     """
     # Ids are small and read all the time: they stay on the CPU, also under a user's `with torch.device(...)`.
     elsewhere = torch.get_default_device().type != "cpu"
-    with torch.device("cpu") if elsewhere else nullcontext():
-        return _find_groups(graph)
+    # Threads gain nothing on them, and wait for each other where others use the processors.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.device("cpu") if elsewhere else nullcontext():
+            return _find_groups(graph)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _find_groups(graph: Graph) -> ScaleGroups:

@@ -20,6 +20,16 @@ def the_group(found: dict[str, ScaleGroup | str], name: str) -> ScaleGroup:
     return group
 
 
+def test_threads_are_as_before() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        analyze(Net(lambda m, x: m.a(m.n(x)), n=norm(), a=linear()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 # -- found -----------------------------------------------------------------------------------------------
 
 
