@@ -16,12 +16,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from autoawq_peer import AutoAwq
 from torch import Tensor
 
 from awqc.kernels.qlinear import dequantize
@@ -117,10 +120,39 @@ class Entry:
     error: float
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A weight as one kernel takes it: ``op(x, *tensors, *constants)``; copies of ``main`` go round."""
+
+    op: Callable[..., Tensor]
+    tensors: Mapping[str, Tensor | None]
+    constants: tuple[Any, ...]
+    main: str
+    copies: list[Tensor]
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+
+    @classmethod
+    def of(
+        cls,
+        op: Callable[..., Tensor],
+        tensors: Mapping[str, Tensor | None],
+        constants: tuple[Any, ...] = (),
+        dtypes: tuple[str, ...] = tuple(DTYPES),
+    ) -> Packed:
+        sizes = {key: t.nbytes for key, t in tensors.items() if t is not None}
+        main = max(sizes, key=sizes.__getitem__)
+        largest = tensors[main]
+        assert largest is not None
+        return cls(op, tensors, constants, main, rotation(largest.clone, sizes[main]), dtypes)
+
+    def __call__(self, x: Tensor, main: Tensor) -> Tensor:
+        return self.op(x, *{**self.tensors, self.main: main}.values(), *self.constants)
+
+
 class Shape:
     """A weight ``(n, k)`` as every kernel wants it, and as cuBLAS does."""
 
-    def __init__(self, n: int, k: int, only: set[str] | None) -> None:
+    def __init__(self, n: int, k: int, only: set[str] | None, peer: AutoAwq | None) -> None:
         self.n, self.k = n, k
         codes, scales, zeros = weight_of(n, k)
         self.dense = dequantize(codes, scales, zeros, GROUP)
@@ -131,15 +163,14 @@ class Shape:
             Captured([partial(read, i) for i in range(calls)]) for read in reads_on_cuda(self.copies)
         ]
         self.floor = min(medians(self.reads))
-        self.packs = {}
+        self.packs: dict[str, Packed] = {}
         for name, kernel in kernels("qlinear").items():
             legal = kernel.legal(n, k, 4, GROUP, torch.float16, torch.device("cuda", 0))
             if legal is None and (only is None or name.lower() in only):
                 tensors, constants = kernel.pack(codes, scales, zeros, None, 4, GROUP)
-                sizes = {key: t.numel() * t.itemsize for key, t in tensors.items() if t is not None}
-                main = next(key for key, bytes_ in sizes.items() if bytes_ > self.size / 2)
-                copies = rotation(tensors[main].clone, self.size)
-                self.packs[name] = (kernel.op, tensors, main, copies, constants)
+                self.packs[name] = Packed.of(kernel.op, tensors, constants)
+        if peer is not None:
+            self.packs[peer.name] = Packed.of(peer, peer.pack(codes, scales, zeros), dtypes=("fp16",))
         self.weights = {
             name: rotation(partial(self.dense.to, dtype, copy=True), n * k * 2)
             for name, dtype in DTYPES.items()
@@ -156,14 +187,12 @@ class Shape:
             yield Entry(f"cublas-{name}", graph, relative_error(found, expected))
             if name not in dtypes:
                 continue
-            for kernel, (op, tensors, main, copies, constants) in self.packs.items():
-
-                def call(w: Tensor, op=op, tensors=tensors, main=main, constants=constants, x=x) -> Tensor:
-                    return op(x, *({**tensors, main: w}).values(), *constants)
-
-                found = call(copies[0])
-                same = "" if torch.equal(found, call(copies[-1])) else "-UNSTABLE"
-                graph = Captured([partial(call, w) for w in repeated(copies)])
+            for kernel, packed in self.packs.items():
+                if name not in packed.dtypes:
+                    continue
+                found = packed(x, packed.copies[0])
+                same = "" if torch.equal(found, packed(x, packed.copies[-1])) else "-UNSTABLE"
+                graph = Captured([partial(packed, x, w) for w in repeated(packed.copies)])
                 yield Entry(f"{kernel.lower()}-{name}{same}", graph, relative_error(found, expected))
 
     def rows(self, m: int, dtypes: Iterable[str]) -> Iterator[Row]:
@@ -197,11 +226,15 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--kernels", nargs="*", help="class names in lower case; default: all that are legal")
+    parser.add_argument(
+        "--autoawq", type=Path, metavar="GEMM.PY", help="AutoAWQ's kernels: see autoawq_peer.py"
+    )
     parser.add_argument("--summary", action="store_true", help="end with means over the shapes")
     parser.add_argument("--out", help="CSV file")
     parser.add_argument("--plot", help="PNG file: bandwidth over tokens; needs matplotlib")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
+    peer = AutoAwq(options.autoawq) if options.autoawq else None
     begin = time.time()
     rows: list[Row] = []
     columns = list(Row.__dataclass_fields__)
@@ -209,7 +242,7 @@ def main() -> None:
     for shape in options.shapes:
         n, k = map(int, shape.split("x"))
         only = set(options.kernels) if options.kernels else None
-        problem = Shape(n, k, only)
+        problem = Shape(n, k, only, peer)
         print(f"\n{n}x{k}: floor {problem.floor:.2f} us; {clocks()}")
         print("  ".join(f"{c:>16}" for c in columns if c not in "nk"))
         for row in (row for m in options.tokens for row in problem.rows(m, options.dtypes)):
