@@ -6,12 +6,14 @@ Times are medians per call inside a CUDA graph whose calls go round copies of th
 than the L2 cache holds several times over. All that multiply the same shape take turns, so that the clock,
 which depends on what ran before, is the same for all. The floor is a kernel that reads the packed bytes and
 does nothing else, timed the same way. Errors are relative to a float32 product, from the same run.
+``--autoawq`` adds a peer's kernel to the turns: see ``autoawq_peer.py``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import random
 import statistics
 import subprocess
 import sys
@@ -78,13 +80,15 @@ class Captured:
 
 
 def medians(graphs: list[Captured], rounds: int = 9) -> list[float]:
-    """Microseconds per call of each, the median of ``rounds`` replays; the graphs take turns."""
-    times = []
+    """Microseconds per call of each, the median of ``rounds`` replays; the graphs take turns, in an order
+    that changes from round to round, since what runs hot leaves a slower clock to the next."""
+    times, shuffle = [], random.Random(0)
     for _ in range(rounds + 1):  # the first is not counted
         graphs[-1].graph.replay()  # nor is this: what is launched behind it does not wait for the host
-        events = [graph.events() for graph in graphs]
+        order = shuffle.sample(range(len(graphs)), len(graphs))
+        events = {i: graphs[i].events() for i in order}
         torch.cuda.synchronize()
-        times.append([start.elapsed_time(end) for start, end in events])
+        times.append([start.elapsed_time(end) for _, (start, end) in sorted(events.items())])
     each = zip(*times[1:], strict=True)
     return [statistics.median(own) * 1e3 / len(graph.calls) for own, graph in zip(each, graphs, strict=True)]
 
