@@ -199,10 +199,10 @@ class Shape:
                 graph = Captured([partial(packed, x, w) for w in repeated(packed.copies)])
                 yield Entry(f"{kernel.lower()}-{name}{same}", graph, relative_error(found, expected))
 
-    def rows(self, m: int, dtypes: Iterable[str]) -> Iterator[Row]:
+    def rows(self, m: int, dtypes: Iterable[str], rounds: int) -> Iterator[Row]:
         """Measurements of ``m`` tokens."""
         entries = list(self.entries(m, dtypes))
-        times = medians([entry.graph for entry in entries])
+        times = medians([entry.graph for entry in entries], rounds)
         for entry, us in zip(entries, times, strict=True):
             yield Row(
                 kernel=entry.name,
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", default=[f"{n}x{k}" for n, k in SHAPES])
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=9, help="replays of each graph")
     parser.add_argument("--kernels", nargs="*", help="class names in lower case; default: all that are legal")
     parser.add_argument(
         "--autoawq", type=Path, metavar="GEMM.PY", help="AutoAWQ's kernels: see autoawq_peer.py"
@@ -249,7 +250,7 @@ def main() -> None:
         problem = Shape(n, k, only, peer)
         print(f"\n{n}x{k}: floor {problem.floor:.2f} us; {clocks()}")
         print("  ".join(f"{c:>16}" for c in columns if c not in "nk"))
-        for row in (row for m in options.tokens for row in problem.rows(m, options.dtypes)):
+        for row in (row for m in options.tokens for row in problem.rows(m, options.dtypes, options.rounds)):
             print("  ".join(f"{v:>16}" for c, v in asdict(row).items() if c not in "nk"))
             rows.append(row)
         del problem

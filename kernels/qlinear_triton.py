@@ -171,7 +171,8 @@ def written(weight: Weight, out: Tensor, at: Target) -> Call:
 
     block_n = 16
     grid = (weight.packed.shape[0], math.ceil(weight.n / block_n))
-    return Call(dequantize, grid, {"weight_ptr": out, **weight.operands(at), "block_n": block_n})
+    cut = {"block_n": block_n, "num_warps": 2}
+    return Call(dequantize, grid, {"weight_ptr": out, **weight.operands(at), **cut})
 
 
 def choose(tokens: int, weight: Weight, dtype: torch.dtype) -> Tile | None:
