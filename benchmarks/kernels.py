@@ -79,9 +79,9 @@ class Captured:
         return start, end
 
 
-def medians(graphs: list[Captured], rounds: int = 9) -> list[float]:
-    """Microseconds per call of each, the median of ``rounds`` replays; the graphs take turns, in an order
-    that changes from round to round, since what runs hot leaves a slower clock to the next."""
+def in_turns(graphs: list[Captured], rounds: int = 9) -> list[list[float]]:
+    """Microseconds per call of each in each of ``rounds`` replays; the graphs take turns, in an order that
+    changes from round to round, since what runs hot leaves a slower clock to the next."""
     times, shuffle = [], random.Random(0)
     for _ in range(rounds + 1):  # the first is not counted
         graphs[-1].graph.replay()  # nor is this: what is launched behind it does not wait for the host
@@ -90,7 +90,12 @@ def medians(graphs: list[Captured], rounds: int = 9) -> list[float]:
         torch.cuda.synchronize()
         times.append([start.elapsed_time(end) for _, (start, end) in sorted(events.items())])
     each = zip(*times[1:], strict=True)
-    return [statistics.median(own) * 1e3 / len(graph.calls) for own, graph in zip(each, graphs, strict=True)]
+    return [[ms * 1e3 / len(graph.calls) for ms in own] for own, graph in zip(each, graphs, strict=True)]
+
+
+def medians(graphs: list[Captured], rounds: int = 9) -> list[float]:
+    """Median microseconds per call of each."""
+    return [statistics.median(own) for own in in_turns(graphs, rounds)]
 
 
 def rotation(make: Callable[[], Tensor], size: int) -> list[Tensor]:
@@ -202,8 +207,11 @@ class Shape:
     def rows(self, m: int, dtypes: Iterable[str], rounds: int) -> Iterator[Row]:
         """Measurements of ``m`` tokens."""
         entries = list(self.entries(m, dtypes))
-        times = medians([entry.graph for entry in entries], rounds)
-        for entry, us in zip(entries, times, strict=True):
+        times = in_turns([entry.graph for entry in entries], rounds)
+        for entry, own in zip(entries, times, strict=True):
+            us = statistics.median(own)
+            # Both of a ratio are of one round: the clock drifts by more than what they may differ in.
+            over_cublas = statistics.median(a / b for a, b in zip(own, times[0], strict=True))
             yield Row(
                 kernel=entry.name,
                 n=self.n,
@@ -211,7 +219,7 @@ class Shape:
                 m=m,
                 us=round(us, 2),
                 over_floor=round(us / self.floor, 3),
-                over_cublas_bf16=round(us / times[0], 3),
+                over_cublas_bf16=round(over_cublas, 3),
                 gbps=round(self.size / us / 1e3, 1),
                 tflops=round(2 * self.n * self.k * m / us / 1e6, 1),
                 error=float(f"{entry.error:.2e}"),
