@@ -86,6 +86,10 @@ def main() -> int:
     print("\n".join(notes))
     table(seconds, total)
     figures: dict[str, Any] = {"seconds": seconds, "total_seconds": imported + total, "notes": notes}
+    # What plan.py is to plan, by the names of its options.
+    figures["compiled"] = {
+        name: getattr(options, name) for name in ("samples", "seq_len", "device", "max_memory")
+    }
     figures["compile_seconds"] = total
     figures["host"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if options.device.startswith("cuda"):

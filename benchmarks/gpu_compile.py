@@ -113,12 +113,11 @@ def run(case: Case, layers: int, scratch: Path, device: str, end: float) -> dict
         return None
     shutil.rmtree(out, ignore_errors=True)
     command = ["compile_streaming.py", model, out, "--device", device, "--json", figures]
-    limit = ["--max-memory", case.limit]
-    command += [*limit, "--seconds", max(left - 10, 1)]
+    command += ["--max-memory", case.limit, "--seconds", max(left - 10, 1)]
     done = call([*command, *(["--nearest"] if case.nearest else [])], left)
     shutil.rmtree(out, ignore_errors=True)
     if done and not case.nearest:
-        call(["plan.py", model, "--seen", figures, "--device", device, *limit], end - time.monotonic())
+        call(["plan.py", model, "--seen", figures], end - time.monotonic())
     return json.loads(figures.read_text()) if done and figures.is_file() else None
 
 

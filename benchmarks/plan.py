@@ -6,7 +6,8 @@
     python benchmarks/plan.py MODEL --seen FIGURES.json         # what compile_streaming.py --json wrote
 
 Plan and compile run one after the other in fresh interpreters. Memory of the CPU is the peak resident memory
-of the process, that of a GPU what torch has allocated at its peak.
+of the process, that of a GPU what torch has allocated at its peak. Figures say what was compiled and with
+which options, if not on how many threads (``OMP_NUM_THREADS``).
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def planned(options: argparse.Namespace) -> dict[str, Any]:
     found = awqc.plan(
         options.model,
         max_calib_samples=options.samples,
+        max_calib_seq_len=options.seq_len,
         device=options.device,
-        **({"max_memory": options.max_memory} if options.max_memory else {}),
+        max_memory=options.max_memory,
     )
     return {**found.as_dict(), "took": time.perf_counter() - started, "report": None}
 
@@ -51,8 +53,9 @@ def compiled(options: argparse.Namespace) -> dict[str, Any]:
             Path(folder) / "out",
             options.calib,
             max_calib_samples=options.samples,
+            max_calib_seq_len=options.seq_len,
             device=options.device,
-            **({"max_memory": options.max_memory} if options.max_memory else {}),
+            max_memory=options.max_memory,
         )
         seconds = time.perf_counter() - started
     on_gpu = torch.device(options.device).type == "cuda"
@@ -67,7 +70,8 @@ def compiled(options: argparse.Namespace) -> dict[str, Any]:
 def apart(task: str, options: argparse.Namespace) -> dict[str, Any]:
     """``task`` in a process of its own."""
     command = [sys.executable, __file__, str(options.model), "--task", task, "--device", options.device]
-    command += ["--samples", str(options.samples), "--calib", options.calib or ""]
+    command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+    command += ["--calib", options.calib or ""]
     command += ["--max-memory", options.max_memory] if options.max_memory else []
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
@@ -76,9 +80,15 @@ def apart(task: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def compare(options: argparse.Namespace) -> None:
     """One table: foretold, seen, and their ratio."""
+    seen = json.loads(options.seen.read_text()) if options.seen else None
+    if seen is not None:
+        vars(options).update(seen["compiled"])
     plan = apart("plan", options)
-    seen = json.loads(options.seen.read_text()) if options.seen else apart("compile", options)
-    print(f"{options.model}, {options.samples} samples, {options.device}; the plan took {plan['took']:.1f} s")
+    seen = seen or apart("compile", options)
+    print(
+        f"{options.model}, {options.samples} x {options.seq_len} tokens, {options.device}; "
+        f"the plan took {plan['took']:.1f} s"
+    )
     print(f"{'':24}{'plan':>10}{'seen':>10}{'ratio':>8}")
     # What no pass is charged for. First calls are, which the plan counts here.
     rest = seen["compile_seconds"] - sum(seen["seconds"].values())
@@ -129,6 +139,7 @@ def main() -> None:
     parser.add_argument("--shapes", action="store_true")
     parser.add_argument("--calib")
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-memory")
     parser.add_argument("--seen", type=Path, help="figures of a compile, instead of one more")
