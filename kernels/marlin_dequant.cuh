@@ -1,6 +1,8 @@
 // What the wgmma kernels share: the descriptor of swizzled activations, and weights dequantized into the registers of
 // the first operand.
-constexpr int SET = 4;  // steps of 16 channels that are dequantized, then multiplied: half a stage
+constexpr int SET = 4;   // steps of 16 channels that are loaded together: half a stage
+constexpr int EACH = 2;  // of those, steps of a part: it is dequantized while the part before it is multiplied
+constexpr int PARTS = SET / EACH;  // of a set
 constexpr int SET_GROUPS = GROUP == 32 ? 2 : 1;
 
 // Matrix descriptor of activations at `address`: rows of 128 bytes, swizzled by 128 bytes, groups of 8 rows 1024 apart.
@@ -30,12 +32,13 @@ struct Packed {
     }
   }
 
-  // As (q - z) s. The difference is exact; the product is rounded once.
-  __device__ __forceinline__ void dequantize(u32 (&a)[SET][4]) const {
+  // A part as (q - z) s. The difference is exact; the product is rounded once.
+  __device__ __forceinline__ void dequantize(u32 (&a)[EACH][4], int part) const {
     u32 scale[2], offset[2];
 #pragma unroll
-    for (int s = 0; s < SET; ++s) {
-      if (s % TILES == 0) {
+    for (int i = 0; i < EACH; ++i) {
+      const int s = part * EACH + i;
+      if (i == 0 || s % TILES == 0) {
         const u32 pair = scales[s / TILES], zero = zeros[s / TILES];
 #if BF16 == SCALE_BF16
         scale[0] = (pair & 0xFFFFu) * 0x10001u, scale[1] = (pair >> 16) * 0x10001u;
@@ -44,9 +47,9 @@ struct Packed {
 #endif
         offset[0] = low_and(zero & 255u), offset[1] = high_and(zero >> 8);
       }
-      unpack(a[s], s == 0 ? words.x : s == 1 ? words.y : s == 2 ? words.z : words.w);
+      unpack(a[i], s == 0 ? words.x : s == 1 ? words.y : s == 2 ? words.z : words.w);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[s][i] = multiply2(subtract2(a[s][i], offset[i & 1]), scale[i & 1]);
+      for (int j = 0; j < 4; ++j) a[i][j] = multiply2(subtract2(a[i][j], offset[j & 1]), scale[j & 1]);
     }
   }
 };

@@ -153,8 +153,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
   const u8* strips = ring + W_RING + group * BLOCK_BYTES + warp * STRIP_BYTES;  // those of the first stage
   float acc[SUMS];
-  u32 a[2][SET][4];
-  Packed next;
+  u32 a[2][EACH][4];
+  Packed packs[2];  // of a stage's halves
   Walk walk(shares, own_share);
   Piece piece;
   int slot = 0;
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   while (walk.next(piece)) {
     int before = slot;
     wait(full + 16 * slot, parity);
-    next.load(strips + slot * W_STAGE, 0, lane);
+    packs[0].load(strips + slot * W_STAGE, 0, lane);
 #pragma unroll 1
     for (int step = piece.begin; step < piece.end; ++step) {
       const u8* stage = strips + slot * W_STAGE;
@@ -172,24 +172,24 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       before = slot;
       if (++slot == STAGES) slot = 0, parity ^= 1;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        next.dequantize(a[half]);
-        if (half == 0)
-          next.load(stage, 1, lane);
-        else
-          wait(second, second_parity);
+      for (int part = 0; part < 2 * PARTS; ++part) {
+        const int half = part / PARTS;
+        packs[half].dequantize(a[part % 2], part % PARTS);
+        if (part == PARTS) wait(second, second_parity);
         begin_products();
 #pragma unroll
-        for (int s = 0; s < SET; ++s)
-          wgmma(acc, a[half][s], x + half * (X_HALF >> 4) + s * 2, step > piece.begin || half || s);
+        for (int i = 0; i < EACH; ++i)
+          wgmma(acc, a[part % 2][i], x + half * (X_HALF >> 4) + (part % PARTS * EACH + i) * 2,
+                step > piece.begin || part || i);
         commit_products();
-        if (half == 1 && step + 1 < piece.end) {
+        if (part == 0) packs[1].load(stage, 1, lane);
+        if (part == PARTS && step + 1 < piece.end) {
           wait(full + 16 * slot, parity);
-          next.load(strips + slot * W_STAGE, 0, lane);
+          packs[0].load(strips + slot * W_STAGE, 0, lane);
         }
-        // The half before this one is done with its registers, and after a stage's first the stage before is free.
+        // The part before this one is done with its registers, and after a stage's first the stage before is free.
         wait_for_products<1>();
-        if (half == 0) arrive_if(step > piece.begin && lane == 0, empty + 8 * done);
+        if (part == 0) arrive_if(step > piece.begin && lane == 0, empty + 8 * done);
       }
     }
     wait_for_products<0>();

@@ -63,29 +63,35 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     const int half = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     const int own = 2 * X_HALF + warp * STRIP_BYTES;
     float acc[TOKENS / 2];
-    u32 a[SET][4];
-    Packed next;
-    int slot = 0;
+    u32 a[2][EACH][4];
+    Packed pack;
+    int slot = 0, before = 0;
     u32 parity = 0;
     wait(full, 0);
-    next.load(ring + own, half, lane);
+    pack.load(ring + own, half, lane);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const u64 x = descriptor(shared_address(ring + slot * STAGE_BYTES) + half * X_HALF);
-      const int done = slot;
-      next.dequantize(a);
-      begin_products();
-#pragma unroll
-      for (int s = 0; s < SET; ++s) wgmma(acc, a[s], x + s * 2, step || s);
-      commit_products();
+      const int done = before;
+      before = slot;
       if (++slot == STAGES) slot = 0, parity ^= 1;
-      if (step + 1 < steps) {
-        wait(full + 8 * slot, parity);
-        next.load(ring + slot * STAGE_BYTES + own, half, lane);
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+        pack.dequantize(a[part % 2], part);
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) wgmma(acc, a[part % 2][i], x + (part * EACH + i) * 2, step || part || i);
+        commit_products();
+        if (part == PARTS - 1 && step + 1 < steps) {
+          wait(full + 8 * slot, parity);
+          pack.load(ring + slot * STAGE_BYTES + own, half, lane);
+        }
+        // The part before this one is done with its registers, and after a stage's first the stage before is free.
+        wait_for_products<1>();
+        if (part == 0 && step && lane == 0) arrive(empty + 8 * done);
       }
-      wait_for_products<0>();
-      if (lane == 0) arrive(empty + 8 * done);
     }
+    wait_for_products<0>();
 
     // Each block sums half of the tokens: sums[where they come from][row][token].
     constexpr int STRIDE = OWN_TOKENS + 2;

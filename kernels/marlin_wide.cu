@@ -76,12 +76,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
     const int own = 2 * X_HALF + (group * 4 + warp) * STRIP_BYTES;
     float acc[TOKENS / 2];
-    u32 a[2][SET][4];
-    Packed next;
+    u32 a[2][EACH][4];
+    Packed packs[2];  // of a stage's halves
     int slot = 0, before = 0;
     u32 parity = 0;
     wait(full, 0);
-    next.load(ring + own, 0, lane);
+    packs[0].load(ring + own, 0, lane);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const u8* stage = ring + slot * STAGE_BYTES;
@@ -90,20 +90,22 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       before = slot;
       if (++slot == STAGES) slot = 0, parity ^= 1;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        next.dequantize(a[half]);
-        if (half == 0) next.load(stage + own, 1, lane);
+      for (int part = 0; part < 2 * PARTS; ++part) {
+        const int half = part / PARTS;
+        packs[half].dequantize(a[part % 2], part % PARTS);
+        if (part == 0) packs[1].load(stage + own, 1, lane);
         begin_products();
 #pragma unroll
-        for (int s = 0; s < SET; ++s) wgmma(acc, a[half][s], x + half * (X_HALF >> 4) + s * 2, step || half || s);
+        for (int i = 0; i < EACH; ++i)
+          wgmma(acc, a[part % 2][i], x + half * (X_HALF >> 4) + (part % PARTS * EACH + i) * 2, step || part || i);
         commit_products();
-        if (half == 1 && step + 1 < steps) {
+        if (part == PARTS && step + 1 < steps) {
           wait(full + 8 * slot, parity);
-          next.load(ring + slot * STAGE_BYTES + own, 0, lane);
+          packs[0].load(ring + slot * STAGE_BYTES + own, 0, lane);
         }
-        // The half before this one is done with its registers, and after a stage's first the stage before is free.
+        // The part before this one is done with its registers, and after a stage's first the stage before is free.
         wait_for_products<1>();
-        if (half == 0 && step && lane == 0) arrive(empty + 8 * done);
+        if (part == 0 && step && lane == 0) arrive(empty + 8 * done);
       }
     }
     wait_for_products<0>();
