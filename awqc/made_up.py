@@ -14,7 +14,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from awqc.memory import FLOAT, MemoryLimit
+from awqc.memory import MemoryLimit
 from awqc.storage.source import ModelSource, named_tensors
 from awqc.weights import StandIns
 
@@ -23,8 +23,9 @@ from awqc.weights import StandIns
 _NUMBERS = 4_194_301
 #: Every weight begins at a multiple of so many numbers: kernels ask for 16 bytes.
 _ALIGNED = 64
-#: Copies of the weights that checks of whole graphs need at once when they are held: in float64, and folded.
-_COPIES = 4
+#: Bytes for each weight while whole graphs are checked on the true ones: in float32, and twice in float64, as
+#: they are and folded.
+HELD = 4 + 8 + 8
 
 
 def stand_ins(source: ModelSource, limit: MemoryLimit, device: torch.device) -> StandIns | None:
@@ -35,7 +36,7 @@ def stand_ins(source: ModelSource, limit: MemoryLimit, device: torch.device) -> 
     """
     tensors = dict(named_tensors(source.module))
     there = sum(t.numel() for t in tensors.values() if t.is_meta and t.is_floating_point())
-    if not there or _COPIES * FLOAT * there <= _room(limit, device):
+    if not there or HELD * there <= _room(limit, device):
         return None
     drawn = torch.randn(_NUMBERS, generator=torch.Generator().manual_seed(0)).to(device)
 

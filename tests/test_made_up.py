@@ -96,6 +96,10 @@ def test_made_up_weights_are_like_trained_ones(source: ModelSource) -> None:
 
 def test_weights_that_fit_have_no_stand_in(source: ModelSource) -> None:
     assert stand_ins(source, MemoryLimit(), CPU) is None
+    # A fold is proven with the weights in float32, and in float64 as they are and folded, all there at once.
+    all_held = 20 * sum(t.numel() for _, t in named_tensors(source.module) if t.is_meta)
+    assert stand_ins(source, MemoryLimit(device=all_held), CPU) is None
+    assert stand_ins(source, MemoryLimit(device=all_held - 1), CPU) is not None
     assert stand_ins(open_source(llama()), LITTLE, CPU) is None
 
 

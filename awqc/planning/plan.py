@@ -31,7 +31,7 @@ from awqc.driver import default_pipeline
 from awqc.errors import CaptureError, ConfigError
 from awqc.flags import Flags
 from awqc.graph import Graph
-from awqc.made_up import stand_ins
+from awqc.made_up import HELD, stand_ins
 from awqc.memory import SHARD_SHARE, MemoryLimit, memory_limit
 from awqc.needs import Needs, StageNeeds, check_fits, stage_needs
 from awqc.observers.dependence import dependent_on
@@ -48,9 +48,8 @@ from awqc.storage.source import aliases, from_module, named_tensors, skeleton
 from awqc.weights import Weights
 from awqc.work import Work, matrices_of, quantized_views, run, weights_read
 
-#: Bytes for each weight while whole graphs are checked, where all are held: in float32, and twice in float64;
-#: and for each element of the largest, where one is there at a time, in float64.
-_HELD, _STREAMED = 4 + 8 + 8, 8
+#: Bytes for each element of the largest weight while whole graphs are checked on made-up ones, in float64.
+_STREAMED = 8
 #: Bytes for each element of the largest tensor when what was written is read back and compared: in the 16
 #: bits that it comes from, and where the CPU computes in float32.
 _READ_BACK = {"cpu": 2 + 4, "cuda": 2}
@@ -304,7 +303,7 @@ def _sizes(module: nn.Module, graph: Graph, report: Report) -> dict[str, int]:
 def _checks(module: nn.Module, made_up: bool) -> int:
     """Bytes on the device while whole graphs are compared and folds are proven on a few tokens."""
     elements = [t.numel() for _, t in named_tensors(module) if t.is_floating_point()]
-    return _STREAMED * max(elements) if made_up else _HELD * sum(elements)
+    return _STREAMED * max(elements) if made_up else HELD * sum(elements)
 
 
 def _memory(
