@@ -1,7 +1,7 @@
-// What the wgmma kernels share: the descriptor of swizzled activations, and weights dequantized into the registers of
-// the first operand.
-constexpr int SET = 4;   // steps of 16 channels that are loaded together: half a stage
-constexpr int EACH = 2;  // of those, steps of a part: it is dequantized while the part before it is multiplied
+// What the wgmma kernels share, on top of marlin_wgmma.cuh: the descriptor of swizzled activations, weights dequantized
+// into the registers of the first operand, and their products.
+constexpr int SET = 4;             // steps of 16 channels that are loaded together: half a stage
+constexpr int EACH = 2;            // steps of a part, which is dequantized while the part before it is multiplied
 constexpr int PARTS = SET / EACH;  // of a set
 constexpr int SET_GROUPS = GROUP == 32 ? 2 : 1;
 
@@ -53,3 +53,12 @@ struct Packed {
     }
   }
 };
+
+// Begins acc += a b, or with `add` 0 acc = a b, for part `part` of a set whose activations `b` describes.
+__device__ __forceinline__ void multiply_part(float (&acc)[TOKENS / 2], const u32 (&a)[EACH][4], u64 b, int part,
+                                              int add) {
+  begin_products();
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) wgmma(acc, a[i], b + (part * EACH + i) * 2, add || i);
+  commit_products();
+}

@@ -10,9 +10,9 @@
 // marlin_block.cuh, TOKENS (128 or 256), STAGES, CLUSTER.
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
-#include "marlin_dequant.cuh"
 #include "marlin_share.cuh"
 #include "marlin_wgmma.cuh"
+#include "marlin_dequant.cuh"
 
 constexpr int ROW_BLOCKS = 2;  // of 64 rows, one for each warpgroup that multiplies
 constexpr int BLOCK_BYTES = 4 * STRIP_BYTES;
@@ -176,12 +176,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         const int half = part / PARTS;
         packs[half].dequantize(a[part % 2], part % PARTS);
         if (part == PARTS) wait(second, second_parity);
-        begin_products();
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-          wgmma(acc, a[part % 2][i], x + half * (X_HALF >> 4) + (part % PARTS * EACH + i) * 2,
-                step > piece.begin || part || i);
-        commit_products();
+        multiply_part(acc, a[part % 2], x + half * (X_HALF >> 4), part % PARTS, step > piece.begin || part);
         if (part == 0) packs[1].load(stage, 1, lane);
         if (part == PARTS && step + 1 < piece.end) {
           wait(full + 16 * slot, parity);

@@ -4,8 +4,8 @@
 // marlin_block.cuh, TOKENS (32, 64 or 128), STAGES.
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
-#include "marlin_dequant.cuh"
 #include "marlin_wgmma.cuh"
+#include "marlin_dequant.cuh"
 
 constexpr int ROWS = 64;
 constexpr int BLOCK_BYTES = 4 * STRIP_BYTES;
@@ -78,10 +78,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
         pack.dequantize(a[part % 2], part);
-        begin_products();
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) wgmma(acc, a[part % 2][i], x + (part * EACH + i) * 2, step || part || i);
-        commit_products();
+        multiply_part(acc, a[part % 2], x, part, step || part);
         if (part == PARTS - 1 && step + 1 < steps) {
           wait(full + 8 * slot, parity);
           pack.load(ring + slot * STAGE_BYTES + own, half, lane);

@@ -9,8 +9,8 @@
 // TOKENS (32, 64 or 128), SPLIT, STAGES, ROW_BLOCKS (2 or 4).
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
-#include "marlin_dequant.cuh"
 #include "marlin_wgmma.cuh"
+#include "marlin_dequant.cuh"
 
 
 constexpr int BLOCKS = ROW_BLOCKS;  // of 64 rows, one for each warpgroup
@@ -94,11 +94,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         const int half = part / PARTS;
         packs[half].dequantize(a[part % 2], part % PARTS);
         if (part == 0) packs[1].load(stage + own, 1, lane);
-        begin_products();
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-          wgmma(acc, a[part % 2][i], x + half * (X_HALF >> 4) + (part % PARTS * EACH + i) * 2, step || part || i);
-        commit_products();
+        multiply_part(acc, a[part % 2], x + half * (X_HALF >> 4), part % PARTS, step || part);
         if (part == PARTS && step + 1 < steps) {
           wait(full + 8 * slot, parity);
           packs[0].load(ring + slot * STAGE_BYTES + own, 0, lane);
