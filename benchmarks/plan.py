@@ -80,9 +80,12 @@ def apart(task: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def compare(options: argparse.Namespace) -> None:
     """One table: foretold, seen, and their ratio."""
-    seen = json.loads(options.seen.read_text()) if options.seen else None
-    if seen is not None:
-        vars(options).update(seen["compiled"])
+    seen: dict[str, Any] = json.loads(options.seen.read_text()) if options.seen else {}
+    if options.seen and "compiled" not in seen:
+        raise SystemExit(
+            f"{options.seen} does not say what was compiled: compile_streaming.py --json does now"
+        )
+    vars(options).update(seen.get("compiled", {}))
     plan = apart("plan", options)
     seen = seen or apart("compile", options)
     print(
