@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.kernels import uninterpreted
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -120,7 +120,4 @@ for name in ("triton", "experts"):
 
 def test_random_shapes_share_machine_code_when_asked() -> None:
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command, root = [sys.executable, "-c", ALIKE], Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    uninterpreted.run("-c", ALIKE)

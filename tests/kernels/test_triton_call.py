@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,6 +14,7 @@ from awqc.kernels.nvrtc import CompileError
 from awqc.kernels.qlinear_triton import TritonGemm, Weight, product
 from awqc.kernels.triton_call import Call, Target, interpreted
 from awqc.kernels.triton_tile import Tile
+from tests.kernels import uninterpreted
 
 
 def calls(at: Target, m: int = 16) -> list[Call]:
@@ -73,17 +69,7 @@ assert b"add_shares" in join.code().cubin((9, 0))
 
 
 def test_a_call_is_compiled_as_its_launch_would() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    uninterpreted.run("-c", COMPILED)
 
 
 def test_what_is_interpreted_has_no_machine_code() -> None:
