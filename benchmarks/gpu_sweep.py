@@ -44,8 +44,9 @@ from awqc.kernels import (
 from awqc.kernels.exllama_block import Block
 from awqc.kernels.qlinear_exllama import ExLlama
 from awqc.kernels.qlinear_marlin import Marlin
-from awqc.kernels.qlinear_triton import TritonGemm, Weight
+from awqc.kernels.qlinear_triton import TritonGemm
 from awqc.kernels.triton_tile import Tile
+from awqc.kernels.triton_weight import Weight
 from kernels import GROUP, SHAPES, Captured, medians, repeated, rotation, weight_of
 
 TOKENS = {

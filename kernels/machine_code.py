@@ -89,7 +89,7 @@ class TritonCode:
 
         if not isinstance(self.function, triton.JITFunction):
             raise CompileError("Triton interprets its kernels here: unset TRITON_INTERPRET to compile them")
-        source = ASTSource(
+        source = (_gluon_source() if self.function.is_gluon() else ASTSource)(
             self.function,
             dict(self.signature),
             {(self.function.arg_names.index(name),): value for name, value in self.constants.items()},
@@ -100,6 +100,12 @@ class TritonCode:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of defaults that will change
             return triton.compile(source, target=target, options=dict(self.options))
+
+
+def _gluon_source() -> Any:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def disassembler() -> Path:

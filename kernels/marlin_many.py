@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
+from awqc.kernels.aligned import aligned
 from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
 from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, nbytes
 from awqc.kernels.machine_code import CudaCode
-from awqc.kernels.marlin_stream import aligned
 
 #: Threads of a block: two warpgroups that multiply, and one that copies.
 _THREADS = 384

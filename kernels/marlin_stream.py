@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from awqc.kernels import extension
 from awqc.kernels import marlin_layout as layout
+from awqc.kernels.aligned import aligned
 from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
 from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, nbytes
@@ -304,11 +304,3 @@ def _launch(rows: Tensor, problem: Problem, weights: Sequence[_Operand]) -> None
         launch.main.launch(grid, block, (x, packed_weights, *sizes, problem.tokens))
         return
     launch.main.launch(grid, block, (rows.data_ptr(), packed_weights, *sizes, k))
-
-
-def aligned(rows: Tensor) -> Tensor:
-    """``rows`` ``(M, K)`` with rows that begin at multiples of 16 bytes, as copies need; K may have grown by
-    zeros."""
-    if rows.shape[1] % 8:
-        rows = F.pad(rows, (0, -rows.shape[1] % 8))
-    return rows.clone() if rows.data_ptr() % 16 else rows

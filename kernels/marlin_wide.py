@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
+from awqc.kernels.aligned import aligned
 from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
 from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, nbytes
 from awqc.kernels.machine_code import CudaCode
 from awqc.kernels.marlin_join import join, join_launch
-from awqc.kernels.marlin_stream import aligned
 
 #: Bytes at the start of a block's shared memory: for its alignment, and for its barriers.
 _BARRIERS = 2048

@@ -21,10 +21,11 @@ from awqc.kernels.launch import Launch, describes, nbytes
 from awqc.kernels.planes import pack_groups, pack_planes, plane_width, unpack_groups, unpack_planes
 from awqc.kernels.qexperts import busiest, qexperts
 from awqc.kernels.qlinear import LIBRARY
-from awqc.kernels.qlinear_triton import TritonGemm, Weight, join
+from awqc.kernels.qlinear_triton import TritonGemm, join
 from awqc.kernels.registry import register_kernel
 from awqc.kernels.triton_call import Call, Target, interpreted, target
 from awqc.kernels.triton_tile import Tile
+from awqc.kernels.triton_weight import Weight
 
 #: The name under which configurations are kept, by tokens of an expert on average.
 NAME = "qexperts_triton"
@@ -140,7 +141,7 @@ def describe(
     out, ends = rows.new_empty(len(rows), out_features), None if offsets is None else offsets.int()
     weight = Weight(packed, scales, zeros, out_features, x.shape[-1], group_size)
     calls = product(rows, ends, weight, out, choose(len(rows), weight, at), Target.of(at))
-    first, *others = [call.describe("y_ptr") for call in calls]
+    first, *others = [call.describe() for call in calls]
     unread = nbytes(packed, scales, zeros) * (count - busiest(x, offsets, count)[0]) // count
     return [replace(first, reads=first.reads - unread), *others]
 

@@ -4,7 +4,9 @@ One packed weight (:mod:`awqc.kernels.planes`) serves every number of tokens M:
 
 * small M: ``jit/gemm_triton.py`` streams the packed weight. One wave of programs fills the device; where the
   rows alone do not, K is shared out and the shares are added in a second, ordered pass;
-* large M: the weight is written out dense (``jit/dequantize_triton.py``) and the product is the BLAS's.
+* larger M on Hopper: ``jit/many_gluon.py``, which feeds its matrix unit from registers;
+* larger M elsewhere, and many tokens: the weight is written out dense (``jit/dequantize_triton.py``) and the
+  product is the BLAS's.
 
 Sums are float32, in an order that the shape and the launch configuration decide: the same input gives the
 same bits. Triton itself is imported at the first launch.
@@ -16,29 +18,25 @@ import functools
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awqc.kernels import configs
+from awqc.kernels import configs, triton_many
+from awqc.kernels.aligned import aligned
 from awqc.kernels.autotune import fastest, may_tune
 from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, describes, nbytes
-from awqc.kernels.planes import (
-    PLANES,
-    pack_groups,
-    pack_planes,
-    plane_width,
-    unpack_groups,
-    unpack_planes,
-)
-from awqc.kernels.qlinear import LIBRARY, group_channels
+from awqc.kernels.planes import pack_groups, pack_planes, plane_width, unpack_groups, unpack_planes
+from awqc.kernels.qlinear import LIBRARY
 from awqc.kernels.registry import register_kernel
 from awqc.kernels.triton_call import Call, Target, interpreted, target
+from awqc.kernels.triton_many import Cut
 from awqc.kernels.triton_tile import Tile
+from awqc.kernels.triton_weight import Weight
 
 #: The name under which configurations are kept.
 NAME = "qlinear_triton"
@@ -52,64 +50,14 @@ LIBRARY.define(
 )
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A packed weight ``(n, k)``, as the op takes it, or a stack ``(E, n, k)`` of them.
-
-    Args:
-        packed: ``(blocks, rows, width)`` int16; of a stack ``(E, ...)``, as are the others.
-        scales: ``(G, rows)`` floating.
-        zeros: ``(G, rows)`` uint8.
-        n, k: features.
-        group_size: channels that share a scale; -1 for the whole row.
-    """
-
-    packed: Tensor
-    scales: Tensor
-    zeros: Tensor
-    n: int
-    k: int
-    group_size: int
-
-    @property
-    def group(self) -> int:
-        """Channels that share a scale; padded channels belong to the only group too."""
-        blocks, _, width = self.packed.shape[-3:]
-        group = group_channels(self.group_size, self.k)
-        return blocks * PLANES * width if group == self.k else group
-
-    @property
-    def run(self) -> int:
-        """Consecutive planes that share a scale: 1, 2 or 4."""
-        return next(r for r in (4, 2, 1) if self.group % (r * self.packed.shape[-1]) == 0)
-
-    def fitting(self, tile: Tile, at: Hardware) -> Tile:
-        """``tile``, or what of it a program on the weight has shared memory for."""
-        return tile.fitting(self.packed.shape[-1], self.run, self.scales.element_size(), at)
-
-    def operands(self, at: Target) -> dict[str, Any]:
-        """Arguments that every kernel on the weight takes."""
-        _, rows, width = self.packed.shape[-3:]
-        return {
-            "words_ptr": self.packed,
-            "scales_ptr": self.scales,
-            "zeros_ptr": self.zeros,
-            "n": self.n,
-            "k": self.k,
-            "rows": rows,
-            "groups": self.scales.shape[-2],
-            "group": self.group,
-            "run": self.run,
-            "width": width,
-            "whole_k": self.k % (PLANES * width) == 0,
-            "ptx": at.ptx,
-        }
-
-
-def multiply(x: Tensor, weight: Weight, bias: Tensor | None, tile: Tile) -> Tensor:
-    """``x @ W.T + bias`` for ``x`` ``(M, K)`` contiguous float16 or bfloat16, by tiles: ``(M, N)``."""
+def multiply(x: Tensor, weight: Weight, bias: Tensor | None, how: Tile | Cut) -> Tensor:
+    """``x @ W.T + bias`` for ``x`` ``(M, K)`` contiguous float16 or bfloat16: ``(M, N)``."""
     y = x.new_empty(x.shape[0], weight.n)
-    for call in product(x, weight, bias, y, tile, target(x.device)):
+    if isinstance(how, Cut):
+        calls = triton_many.product(aligned(x), weight, bias, y, how)
+    else:
+        calls = product(x, weight, bias, y, how, target(x.device))
+    for call in calls:
         call.launch()
     return y
 
@@ -172,18 +120,24 @@ def written(weight: Weight, out: Tensor, at: Target) -> Call:
     block_n = 16
     grid = (weight.packed.shape[0], math.ceil(weight.n / block_n))
     cut = {"block_n": block_n, "num_warps": 2}
-    return Call(dequantize, grid, {"weight_ptr": out, **weight.operands(at), **cut})
+    return Call(dequantize, grid, {"weight_ptr": out, **weight.operands(at), **cut}, results=("weight_ptr",))
 
 
-def choose(tokens: int, weight: Weight, dtype: torch.dtype) -> Tile | None:
-    """The configuration for ``tokens``; None for the dense route."""
-    device, key = weight.packed.device, _key(weight, dtype)
-    table = configs.tuned(key, device)
-    if table is None and may_tune(device):
-        table = tune(weight, dtype)
-        configs.keep(key, device, table)
-    found = configs.entry(table or configs.measured(NAME, device), tokens)
-    return None if found is None else weight.fitting(Tile(**found), hardware(device))
+def choose(tokens: int, weight: Weight, dtype: torch.dtype) -> Tile | Cut | None:
+    """How to multiply ``tokens``; None for the dense route. Measured first, where the autotuner is on."""
+    device, at, key = weight.packed.device, hardware(weight.packed.device), _key(weight, dtype)
+    if configs.tuned(key, at.name) is None and may_tune(device):
+        configs.keep(key, device, tune(weight, dtype))
+    return route(tokens, weight, dtype, at)
+
+
+def route(tokens: int, weight: Weight, dtype: torch.dtype, at: Hardware) -> Tile | Cut | None:
+    """How ``tokens`` are multiplied on ``at``; None for the dense route."""
+    if tokens >= triton_many.FEWEST and triton_many.missing(weight, at) is None:
+        return triton_many.fastest(tokens, weight, at)
+    table = configs.tuned(_key(weight, dtype), at.name) or configs.measured(NAME, at.name)
+    found = configs.entry(table, tokens)
+    return None if found is None else weight.fitting(Tile(**found), at)
 
 
 def _key(weight: Weight, dtype: torch.dtype) -> str:
@@ -205,7 +159,10 @@ def tune(weight: Weight, dtype: torch.dtype) -> configs.Table:
 
     at = hardware(weight.packed.device)
     table: dict[int, Mapping[str, int]] = {}
+    fused = triton_many.missing(weight, at) is None
     for tokens in TOKENS:
+        if fused and tokens >= triton_many.FEWEST:
+            break
         x = torch.randn(tokens, weight.k, dtype=dtype, device=weight.packed.device)
         own = [tile for tile in candidates(tokens) if weight.fitting(tile, at) == tile]
         tiles: list[Tile | None] = [None, *own]
@@ -249,11 +206,10 @@ def qlinear_triton(
     """
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     weight = Weight(packed, scales, zeros, out_features, x.shape[-1], group_size)
-    tile = None
     if tokens.shape[0] == 0:
         y = tokens.new_empty(0, out_features)
-    elif x.dtype in (torch.float16, torch.bfloat16) and (tile := choose(tokens.shape[0], weight, x.dtype)):
-        y = multiply(tokens, weight, bias, tile)
+    elif x.dtype in (torch.float16, torch.bfloat16) and (how := choose(tokens.shape[0], weight, x.dtype)):
+        y = multiply(tokens, weight, bias, how)
     else:
         y = F.linear(tokens, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], out_features)
@@ -277,17 +233,18 @@ def describe(
     """The launches of :func:`qlinear_triton` for float16 and bfloat16."""
     rows = x.reshape(-1, x.shape[-1])
     weight = Weight(packed, scales, zeros, out_features, x.shape[-1], group_size)
-    table = configs.tuned(_key(weight, x.dtype), at.name) or configs.measured(NAME, at.name)
-    found, out = configs.entry(table, rows.shape[0]), rows.new_empty(rows.shape[0], out_features)
-    if found is None:
+    how, out = route(rows.shape[0], weight, x.dtype, at), rows.new_empty(rows.shape[0], out_features)
+    if how is None:
         full = packed.new_empty(out_features, x.shape[-1], dtype=x.dtype)
         return [
-            written(weight, full, Target.of(at)).describe("weight_ptr"),
+            written(weight, full, Target.of(at)).describe(),
             Launch("cuBLAS", nbytes(rows, full, bias), nbytes(out)),
         ]
-    tile = weight.fitting(Tile(**found), at)
-    calls = product(rows, weight, bias, out, tile, Target.of(at))
-    return [call.describe("y_ptr") for call in calls]
+    if isinstance(how, Cut):
+        calls = triton_many.product(rows, weight, bias, out, how)
+    else:
+        calls = product(rows, weight, bias, out, how, Target.of(at))
+    return [call.describe() for call in calls]
 
 
 @torch.library.register_fake("awqc::qlinear_triton", lib=LIBRARY)

@@ -29,7 +29,7 @@ _ALIGNED = 16
 #: Warps of a program that asks for no number.
 _WARPS = 4
 #: Arguments that say how the work is cut.
-_CUTS = ("block_m", "block_n", "block", "stages", "num_warps")
+_CUTS = ("block_m", "block_n", "block", "stages", "planes", "whole", "shares", "num_warps")
 
 
 def interpreted() -> bool:
@@ -65,6 +65,35 @@ class Target:
         return {"dependent": True, "launch_pdl": True} if self.dependent else {"dependent": False}
 
 
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix that a kernel copies in tiles, through a tensor map (Hopper and later).
+
+    Args:
+        matrix: contiguous; rows begin at multiples of 16 bytes.
+        block: rows and columns of a tile.
+    """
+
+    matrix: Tensor
+    block: tuple[int, int]
+
+    def _layout(self) -> Any:
+        from triton.experimental.gluon import language as gl
+
+        element = getattr(gl, str(self.matrix.dtype).removeprefix("torch."))
+        return gl.NVMMASharedLayout.get_default_for(list(self.block), element)
+
+    def tensor_map(self) -> Any:
+        """What a launch takes."""
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(self.matrix, list(self.block), self._layout())
+
+    def type(self) -> str:
+        """Triton's name of what a launch takes."""
+        return f"tensordesc<{_TYPES[self.matrix.dtype]}{list(self.block)},{self._layout()!r}>"
+
+
 @functools.cache
 def target(device: torch.device) -> Target:
     """The target that ``device`` is."""
@@ -79,27 +108,31 @@ class Call:
         function: what ``triton.jit`` made of it.
         grid: programs.
         arguments: by name, those of the function and those of the launch, such as ``num_warps``.
+        results: names of the arguments that are written.
     """
 
     function: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
+    results: tuple[str, ...] = ("y_ptr",)
 
     def launch(self) -> None:
         """Launch it, compiled at its first time, on the device of its tensors, current or not."""
         first = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        taken = {n: v.tensor_map() if isinstance(v, Tiles) else v for n, v in self.arguments.items()}
         with torch.cuda.device_of(first):
-            self.function[self.grid](**self.arguments)
+            self.function[self.grid](**taken)
 
-    def describe(self, result: str) -> Launch:
-        """What it launches; ``result`` is the name of the argument that is written."""
-        read = [value for name, value in self.arguments.items() if name != result]
+    def describe(self) -> Launch:
+        """What it launches."""
+        held = {n: v.matrix if isinstance(v, Tiles) else v for n, v in self.arguments.items()}
+        read = [value for name, value in held.items() if name not in self.results]
         config = {name: value for name, value in self.arguments.items() if name in _CUTS}
         module = self.function.fn.__module__.rpartition(".")[2]
         return Launch(
             f"{module}.py:{self.function.fn.__name__}",
             nbytes(*read),
-            nbytes(self.arguments[result]),
+            nbytes(*(held[name] for name in self.results)),
             grid=self.grid,
             block=(32 * self.arguments.get("num_warps", _WARPS),),
             config=config,
@@ -111,7 +144,9 @@ class Call:
         signature, constants, aligned = {}, {}, []
         for position, parameter in enumerate(self.function.params):
             name, value = parameter.name, self.arguments[parameter.name]
-            if isinstance(value, Tensor):
+            if isinstance(value, Tiles):
+                signature[name] = value.type()
+            elif isinstance(value, Tensor):
                 signature[name] = f"*{_TYPES[value.dtype]}"
                 aligned.append(position)
             elif parameter.is_constexpr or (value == 1 and not parameter.do_not_specialize):
@@ -120,5 +155,5 @@ class Call:
                 signature[name] = "i32"
                 if value % _ALIGNED == 0 and not parameter.do_not_specialize:
                     aligned.append(position)
-        options = {name: value for name, value in self.arguments.items() if name not in signature}
+        options = {n: v for n, v in self.arguments.items() if n not in signature or n == "num_warps"}
         return TritonCode(self.function, signature, constants, tuple(aligned), options)

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from awqc.kernels.qlinear_triton import TritonGemm, Weight, dense
+from awqc.kernels.qlinear_triton import TritonGemm, dense
+from awqc.kernels.triton_weight import Weight
 from awqc.quantized import Scheme, quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from awqc.kernels.qexperts_triton import TritonExperts, multiply
-from awqc.kernels.qlinear_triton import Weight
 from awqc.kernels.triton_tile import Tile
+from awqc.kernels.triton_weight import Weight
 from tests.kernels.test_qexperts_triton import DEVICE, assert_close, experts, rows
 
 

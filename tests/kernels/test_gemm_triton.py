@@ -9,8 +9,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from awqc.kernels.jit.gemm_triton import add_shares
-from awqc.kernels.qlinear_triton import TritonGemm, Weight, multiply
+from awqc.kernels.qlinear_triton import TritonGemm, multiply
 from awqc.kernels.triton_tile import Tile
+from awqc.kernels.triton_weight import Weight
 from awqc.quantized import QuantizedWeight, Scheme, quantize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels import marlin_many
+from awqc.kernels.aligned import aligned
 from awqc.kernels.marlin_many import TILE_TOKENS, ManyTiling, fitting
-from awqc.kernels.marlin_stream import aligned
 from awqc.kernels.qlinear import dequantize
 from tests.kernels.on_host import COMPILER, Memory, compiled
 from tests.kernels.test_marlin_many import LIMIT, assert_near

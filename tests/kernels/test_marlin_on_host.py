@@ -13,7 +13,8 @@ from torch import Tensor
 
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels import marlin_stream
-from awqc.kernels.marlin_stream import Problem, Tiling, aligned
+from awqc.kernels.aligned import aligned
+from awqc.kernels.marlin_stream import Problem, Tiling
 from awqc.kernels.qlinear import dequantize
 from tests.kernels.on_host import COMPILER, Memory, compiled
 

@@ -12,7 +12,8 @@ from awqc.kernels.hardware import hardware
 from awqc.kernels.planes import pack_groups, pack_planes
 from awqc.kernels.qexperts import qexperts
 from awqc.kernels.qexperts_triton import TritonExperts, choose
-from awqc.kernels.qlinear_triton import Weight, interpreted
+from awqc.kernels.qlinear_triton import interpreted
+from awqc.kernels.triton_weight import Weight
 from awqc.quantized import QuantizedWeight, Scheme, quantize, stack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

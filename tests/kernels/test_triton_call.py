@@ -11,9 +11,10 @@ from awqc.kernels.hardware import known
 from awqc.kernels.jit.gemm_triton import add_shares
 from awqc.kernels.machine_code import TritonCode
 from awqc.kernels.nvrtc import CompileError
-from awqc.kernels.qlinear_triton import TritonGemm, Weight, product
+from awqc.kernels.qlinear_triton import TritonGemm, product
 from awqc.kernels.triton_call import Call, Target, interpreted
 from awqc.kernels.triton_tile import Tile
+from awqc.kernels.triton_weight import Weight
 from tests.kernels import uninterpreted
 
 
@@ -44,7 +45,7 @@ def test_shares_are_joined_by_a_second_call() -> None:
     assert gemm.grid == (8, 2, 1)
     assert gemm.arguments["num_warps"] == 2
     assert gemm.arguments["launch_pdl"] is True
-    described = join.describe("y_ptr")
+    described = join.describe()
     assert described.writes == 16 * 256 * 2
     assert described.reads == 2 * 16 * 256 * 4
 

@@ -18,9 +18,10 @@ from awqc.kernels import configs, qexperts_triton, qlinear_triton
 from awqc.kernels.hardware import Hardware, known
 from awqc.kernels.launch import launches
 from awqc.kernels.qexperts_triton import TritonExperts
-from awqc.kernels.qlinear_triton import TritonGemm, Weight
+from awqc.kernels.qlinear_triton import TritonGemm
 from awqc.kernels.triton_call import Call, Target
 from awqc.kernels.triton_tile import Tile
+from awqc.kernels.triton_weight import Weight
 from tests.kernels import uninterpreted
 
 FILES = sorted(Path(configs.__file__).parent.glob("configs_*.json"))

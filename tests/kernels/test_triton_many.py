@@ -1,0 +1,232 @@
+"""Products of many tokens in Gluon: how they are cut, where they are used, what is launched and compiled."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from awqc.kernels import qlinear_triton, triton_many
+from awqc.kernels.hardware import Hardware, known
+from awqc.kernels.launch import launches
+from awqc.kernels.machine_code import sass
+from awqc.kernels.qlinear_triton import TritonGemm
+from awqc.kernels.triton_call import Call
+from awqc.kernels.triton_many import TILES, Cut, cuts, fastest, missing, product
+from awqc.kernels.triton_weight import Weight
+from tests.kernels import uninterpreted
+
+H200 = known()["h200"]
+HALF, BRAIN = torch.float16, torch.bfloat16
+SHAPES = [
+    (200, 1024, 128, 300, 4),
+    (1000, 2048, 64, 77, 3),
+    (129, 512, 32, 513, 2),
+    (4096, 1000, -1, 64, 1),
+    (384, 504, -1, 1, 2),
+    (17000, 1021, -1, 600, 3),
+]
+TYPES = [(HALF, HALF), (HALF, BRAIN), (HALF, torch.float32), (BRAIN, HALF), (BRAIN, BRAIN)]
+
+
+def weight_of(
+    n: int, k: int, group_size: int = 128, dtype: torch.dtype = torch.float16, device: str = "meta"
+) -> Weight:
+    groups = k // group_size if group_size > 0 else 1
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
+    scales = (torch.rand(n, groups, device=device) + 0.5).to(dtype)
+    zeros = torch.randint(0, 16, (n, groups), dtype=torch.uint8, device=device)
+    tensors, _ = TritonGemm.pack(codes, scales, zeros, None, 4, group_size)
+    operands = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return Weight(**operands, n=n, k=k, group_size=group_size)
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: str(tile.block_m))
+@pytest.mark.parametrize(
+    ("m", "n", "blocks"), [(300, 4096, 16), (1024, 14336, 16), (2048, 8192, 112), (17, 100, 1)]
+)
+def test_every_tile_is_whole_or_shared(tile: triton_many.ManyTile, m: int, n: int, blocks: int) -> None:
+    places = 132 * tile.programs
+    found = list(cuts(tile, m, n, blocks, 132))
+    assert len(found) == len(set(found))
+    for cut in found:
+        assert cut.tiles == -(-m // tile.block_m) * -(-n // 128)
+        assert 1 <= cut.shares <= blocks
+        assert (cut.shares == 1) == (cut.shared == 0)
+        assert cut.shares == 1 or (cut.whole % places == 0 and cut.shared < places)
+        assert cut.programs == cut.whole + cut.shared * cut.shares
+
+
+def test_tiles_that_do_not_fill_the_processors_are_shared_out() -> None:
+    # 448 tiles are three rounds of 132, and 52 that leave most processors idle.
+    cut = fastest(1024, weight_of(14336, 4096), H200)
+    assert cut is not None
+    assert (cut.tile.block_m, cut.whole, cut.shared, cut.shares) == (256, 396, 52, 2)
+
+
+def test_more_tokens_take_larger_tiles_and_more_time() -> None:
+    weight, before, time = weight_of(8192, 28672), 0, 0.0
+    for tokens in (17, 33, 64, 65, 128, 129, 256, 512, 2048):
+        cut = fastest(tokens, weight, H200)
+        assert cut is not None
+        assert cut.tile.block_m >= before
+        assert cut.time(112, 132) >= time
+        before, time = cut.tile.block_m, cut.time(112, 132)
+
+
+def test_the_weight_is_written_out_where_tiles_would_leave_processors_idle() -> None:
+    # Eight rounds for 7.06 rounds of tiles of a weight that is written out in a few microseconds.
+    weight = weight_of(1024, 1024)
+    assert fastest(132 * 256 * 7 // 8 + 1, weight, H200) is None
+    # Of a device whose rates are not known nothing else is assumed.
+    assert fastest(132 * 256 * 7 // 8 + 1, weight, replace(H200, read_rate=None)) is not None
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize(
+    ("change", "group_size", "reason"),
+    [
+        ({}, 128, None),
+        ({}, 32, None),
+        ({"capability": (8, 0)}, 128, "needs compute capability 9.0"),
+        ({"capability": (10, 0)}, 128, "needs compute capability 9.0"),
+        ({}, 16, "needs groups of a multiple of 32 channels"),
+        ({"shared_bytes": 99 << 10}, 128, "needs more shared memory than 101376 bytes"),
+    ],
+)
+def test_what_is_missing_has_a_name(change: dict[str, object], group_size: int, reason: str | None) -> None:
+    assert missing(weight_of(256, 512, group_size), replace(H200, **change)) == reason
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_triton_that_was_not_tried_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "4.0.0")
+    triton_many._other_triton.cache_clear()
+    try:
+        reason = missing(weight_of(256, 512), H200)
+        assert reason == "was tried with Triton 3.6 to 3.9, not with 4.0.0"
+        assert qlinear_triton.route(1000, weight_of(256, 512), torch.float16, H200) is None
+    finally:
+        triton_many._other_triton.cache_clear()
+
+
+def test_what_is_interpreted_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert missing(weight_of(256, 512), H200) is not None
+    assert not isinstance(qlinear_triton.route(100, weight_of(256, 512), torch.float16, H200), Cut)
+
+
+def calls(cut: Cut, weight: Weight, m: int, dtype: torch.dtype, *, bias: bool = False) -> list[Call]:
+    x = torch.empty(m, weight.k, dtype=dtype, device="meta")
+    y = x.new_empty(m, weight.n)
+    return product(x, weight, x.new_empty(weight.n) if bias else None, y, cut)
+
+
+def described() -> None:
+    """Prints what a description says of whole tiles and of shared ones; see below."""
+    found = []
+    for n, k, m in ((8192, 2048, 512), (14336, 4096, 1024)):
+        weight, x = weight_of(n, k), torch.empty(m, k, dtype=torch.float16, device="meta")
+        operands = (weight.packed, weight.scales, weight.zeros)
+        for launch in launches(TritonGemm.op, H200, (x, *operands, None, n, 128), x):
+            found.append((launch.kernel, launch.grid, launch.block, launch.reads, launch.writes))
+    print(json.dumps(found))
+
+
+def test_a_description_counts_what_is_moved() -> None:
+    command = "from tests.kernels.test_triton_many import described as run; run()"
+    whole, shared, joined = json.loads(uninterpreted.run("-c", command).splitlines()[-1])
+    of_weight = 8192 * 2048 // 2 + 8192 * 16 * 3
+    assert whole == ["many_gluon.py:gemm_many", [128], [256], of_weight + 512 * 2048 * 2, 512 * 8192 * 2]
+    partial = 52 * 2 * 256 * 128 * 4
+    assert shared[1] == [396 + 2 * 52]
+    assert shared[4] == 1024 * 14336 * 2 + partial
+    assert joined[:2] == ["many_gluon.py:add_tiles", [52, 16]]
+    assert joined[3] >= partial
+
+
+def compiled_for_hopper() -> None:
+    """Prints by tile and types the products that the machine code begins, its waits for them, and memory."""
+    found = {}
+    cases = [(tile, 128, HALF, HALF) for tile in TILES]
+    cases += [(TILES[0], 32, HALF, HALF), (TILES[0], 64, BRAIN, BRAIN)]
+    cases += [(TILES[1], -1, BRAIN, HALF), (TILES[2], 64, BRAIN, HALF)]
+    for tile, group_size, dtype, of_scales in cases:
+        weight = weight_of(512, 512, group_size, of_scales)
+        shared, _ = calls(Cut(tile, 4, 0, 2), weight, tile.block_m, dtype, bias=True)
+        code, name = shared.code(), f"{tile.block_m} {group_size} {dtype} {of_scales}"
+        text = sass(code, (9, 0))
+        waits = Counter(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d+)", text))
+        allotted = code.shared_bytes((9, 0))
+        said = tile.shared_bytes(weight.packed.shape[-1])
+        found[name] = (
+            len(re.findall(r"\bHGMMA", text)),
+            waits,
+            len(re.findall(r"\bSTL", text)),
+            allotted,
+            said,
+        )
+    print(json.dumps(found))
+
+
+def test_products_run_while_the_next_weights_are_made(tmp_path: Path) -> None:
+    command = "from tests.kernels.test_triton_many import compiled_for_hopper as run; run()"
+    found = json.loads(uninterpreted.run("-c", command, cache=tmp_path).splitlines()[-1])
+    assert len(found) == len(TILES) + 4
+    for name, (products, waits, spills, allotted, said) in found.items():
+        narrow = " 32 " in name
+        assert products == (8 if narrow else 16), name
+        # One wait for all, behind the loop: a compiler that serializes products would wait so for each.
+        assert waits == {"0x1": 4 if narrow else 8, "0x0": 1}, name
+        assert spills <= 4, name
+        assert said <= allotted <= said + 256, name
+
+
+def test_the_least_memory_that_hopper_has_is_enough() -> None:
+    for tile in TILES:
+        assert tile.programs * (tile.shared_bytes(64) + 2048) <= 228 << 10
+    at = Hardware("some", "cuda", 100, (9, 0), 227 << 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        assert missing(weight_of(256, 512), at) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize(
+    ("shape", "types"),
+    [*((shape, TYPES[0]) for shape in SHAPES), *((SHAPES[1], types) for types in TYPES[1:])],
+    ids=str,
+)
+def test_equals_the_reference(
+    shape: tuple[int, int, int, int, int], types: tuple[torch.dtype, torch.dtype]
+) -> None:
+    (n, k, group_size, m, shares), (dtype, of_scales) = shape, types
+    weight = weight_of(n, k, group_size, of_scales, "cuda")
+    assert missing(weight, H200) is None
+    x, bias = torch.randn(m, k, device="cuda", dtype=dtype), torch.randn(n, device="cuda", dtype=dtype)
+    want = x.double() @ qlinear_triton.dense(weight, torch.float32).double().t() + bias.double()
+    for tile in TILES:
+        ways = [c for c in cuts(tile, m, n, weight.packed.shape[0], 132) if c.shares in (1, shares)]
+        assert ways
+        for cut in ways:
+            y = qlinear_triton.multiply(x, weight, bias, cut)
+            error = (y.double() - want).norm() / want.norm()
+            assert error <= {HALF: 5e-4, BRAIN: 4e-3}[dtype], cut
+            assert torch.equal(y, qlinear_triton.multiply(x, weight, bias, cut)), cut
