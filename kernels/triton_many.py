@@ -33,8 +33,10 @@ _PART = 32
 _HEIGHT = 16
 #: Tokens of a tile that one program adds the shares of.
 _JOINED = 16
-#: Microseconds of a launch, and of the sums of a share of 256 tokens; most shares of a tile.
-_LAUNCH, _JOIN, _SHARES = 2.0, 0.08, 8
+#: Microseconds of a launch, of what begins and ends a program, and of the sums of a share of 256 tokens.
+_LAUNCH, _ENDS, _JOIN = 2.0, 2.0, 0.08
+#: Most shares of a tile.
+_SHARES = 8
 #: Registers of a processor.
 _REGISTERS = 65536
 
@@ -63,19 +65,19 @@ class ManyTile:
         ring = self.stages * self.planes * self.block_m + _WORDS_STAGES * _ROWS
         return max(2 * width * ring, 4 * self.block_m * _ROWS)
 
-    def time(self, programs: int, processors: int) -> float:
-        """Microseconds for 256 channels of each of ``programs``."""
+    def time(self, programs: int, blocks: float, processors: int) -> float:
+        """Microseconds of ``programs`` with ``blocks`` of 256 channels each."""
         rounds, rest = divmod(programs, processors * self.programs)
-        last = self.together if rest > processors else self.alone if rest else 0
-        return rounds * self.together + last
+        last = self.together if rest > processors else self.alone
+        return rounds * (self.together * blocks + _ENDS) + (last * blocks + _ENDS if rest else 0)
 
 
 #: Tiles to choose from.
 TILES = (
-    ManyTile(256, 4, 1, 1, alone=2.5, together=2.5),
-    ManyTile(128, 6, 1, 1, alone=1.65, together=1.65),
-    ManyTile(64, 3, 2, 2, alone=1.25, together=2.2),
-    ManyTile(32, 4, 2, 2, alone=1.1, together=1.75),
+    ManyTile(256, 4, 1, 1, alone=2.45, together=2.45),
+    ManyTile(128, 6, 1, 1, alone=1.45, together=1.45),
+    ManyTile(64, 3, 2, 2, alone=1.15, together=2.1),
+    ManyTile(32, 4, 2, 2, alone=0.9, together=1.65),
 )
 
 
@@ -107,11 +109,11 @@ class Cut:
 
     def time(self, blocks: float, processors: int) -> float:
         """How many microseconds it takes for ``blocks`` of 256 channels, fitted to what an H200 took."""
-        whole = self.tile.time(self.whole, processors) * blocks
+        whole = self.tile.time(self.whole, blocks, processors) + _LAUNCH
         if not self.shared:
-            return whole + _LAUNCH
-        shared = self.tile.time(self.shared * self.shares, processors) * blocks / self.shares
-        return whole + shared + 2 * _LAUNCH + _JOIN * self.shared * self.shares * self.tile.block_m / 256
+            return whole
+        shared = self.tile.time(self.shared * self.shares, blocks / self.shares, processors) + _LAUNCH
+        return whole + shared + _JOIN * self.shared * self.shares * self.tile.block_m / 256
 
 
 def cuts(tile: ManyTile, m: int, n: int, blocks: int, processors: int) -> Iterator[Cut]:
@@ -131,11 +133,12 @@ def fastest(m: int, weight: Weight, at: Hardware) -> Cut | None:
     cut = min(every, key=lambda cut: cut.time(of_256, at.processors))
     if at.read_rate is None or at.product_rate is None:
         return cut
-    # Long products are bound by power: these by up to 28%, the BLAS's to 70% of the data sheet's rate.
-    time = cut.time(of_256, at.processors)
+    # Of many tokens power is what limits these products, and those of the BLAS.
+    slower, share = (1.28, 0.7) if m >= 1024 else (1.1, 0.75)
     written = 2.5 * weight.n * weight.k / (0.82 * at.read_rate)
-    multiplied = 2 * m * weight.n * weight.k / (0.7 * at.product_rate)
-    return cut if time * min(1.28, 1 + time / 300) < 1e6 * (written + multiplied) + 1.5 * _LAUNCH else None
+    multiplied = 2 * m * weight.n * weight.k / (share * at.product_rate)
+    dense = 1e6 * (written + multiplied) + 3 * _LAUNCH
+    return cut if slower * cut.time(of_256, at.processors) < dense else None
 
 
 def missing(weight: Weight, at: Hardware) -> str | None:
