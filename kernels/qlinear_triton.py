@@ -126,15 +126,15 @@ def written(weight: Weight, out: Tensor, at: Target) -> Call:
 def choose(tokens: int, weight: Weight, dtype: torch.dtype) -> Tile | Cut | None:
     """How to multiply ``tokens``; None for the dense route. Measured first, where the autotuner is on."""
     device, at, key = weight.packed.device, hardware(weight.packed.device), _key(weight, dtype)
-    if configs.tuned(key, at.name) is None and may_tune(device):
+    if may_tune(device) and configs.tuned(key, at.name) is None:
         configs.keep(key, device, tune(weight, dtype))
     return route(tokens, weight, dtype, at)
 
 
 def route(tokens: int, weight: Weight, dtype: torch.dtype, at: Hardware) -> Tile | Cut | None:
     """How ``tokens`` are multiplied on ``at``; None for the dense route."""
-    if tokens >= triton_many.FEWEST and triton_many.missing(weight, at) is None:
-        return triton_many.fastest(tokens, weight, at)
+    if (cut := triton_many.fastest(tokens, weight, at)) is not None:
+        return cut
     table = configs.tuned(_key(weight, dtype), at.name) or configs.measured(NAME, at.name)
     found = configs.entry(table, tokens)
     return None if found is None else weight.fitting(Tile(**found), at)
@@ -159,10 +159,9 @@ def tune(weight: Weight, dtype: torch.dtype) -> configs.Table:
 
     at = hardware(weight.packed.device)
     table: dict[int, Mapping[str, int]] = {}
-    fused = triton_many.missing(weight, at) is None
     for tokens in TOKENS:
-        if fused and tokens >= triton_many.FEWEST:
-            break
+        if triton_many.fastest(tokens, weight, at) is not None:
+            continue
         x = torch.randn(tokens, weight.k, dtype=dtype, device=weight.packed.device)
         own = [tile for tile in candidates(tokens) if weight.fitting(tile, at) == tile]
         tiles: list[Tile | None] = [None, *own]

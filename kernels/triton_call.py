@@ -78,10 +78,7 @@ class Tiles:
     block: tuple[int, int]
 
     def _layout(self) -> Any:
-        from triton.experimental.gluon import language as gl
-
-        element = getattr(gl, str(self.matrix.dtype).removeprefix("torch."))
-        return gl.NVMMASharedLayout.get_default_for(list(self.block), element)
+        return _tile_layout(self.block, self.matrix.dtype)
 
     def tensor_map(self) -> Any:
         """What a launch takes."""
@@ -92,6 +89,13 @@ class Tiles:
     def type(self) -> str:
         """Triton's name of what a launch takes."""
         return f"tensordesc<{_TYPES[self.matrix.dtype]}{list(self.block)},{self._layout()!r}>"
+
+
+@functools.cache
+def _tile_layout(block: tuple[int, int], dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, str(dtype).removeprefix("torch.")))
 
 
 @functools.cache

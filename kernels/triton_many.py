@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from awqc.kernels.hardware import Hardware
-from awqc.kernels.planes import ROWS
+from awqc.kernels.planes import PLANES, ROWS
 from awqc.kernels.triton_call import Call, Tiles, interpreted
 from awqc.kernels.triton_weight import Weight
 
@@ -37,6 +37,8 @@ _JOINED = 16
 _LAUNCH, _ENDS, _JOIN = 2.0, 2.0, 0.08
 #: Most shares of a tile.
 _SHARES = 8
+#: Bytes of a program's barriers, at most.
+_BARRIERS = 1024
 #: Registers of a processor.
 _REGISTERS = 65536
 
@@ -125,42 +127,56 @@ def cuts(tile: ManyTile, m: int, n: int, blocks: int, processors: int) -> Iterat
         yield Cut(tile, tiles, tiles - left, shares)
 
 
+def missing(weight: Weight, at: Hardware) -> str | None:
+    """Why the product with ``weight`` cannot be this one on ``at``, in one line; None if it can."""
+    return "has no interpreter" if interpreted() else _missing(weight.packed.shape[-1], at)
+
+
+@functools.cache
+def _missing(width: int, at: Hardware) -> str | None:
+    if not at.has_bulk_copies:
+        return "needs compute capability 9.0"
+    if width < _PART:
+        return f"needs groups of a multiple of {_PART} channels"
+    if at.shared_bytes < max(tile.shared_bytes(width) for tile in TILES) + _BARRIERS:
+        return f"needs more shared memory than {at.shared_bytes} bytes"
+    return _other_triton(_triton_version())
+
+
+def _triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)
+
+
+def _other_triton(version: str) -> str | None:
+    if VERSIONS[0] <= tuple(int(part) for part in version.split(".")[:2]) <= VERSIONS[1]:
+        return None
+    first, last = (".".join(map(str, tried)) for tried in VERSIONS)
+    return f"was tried with Triton {first} to {last}, not with {version}"
+
+
 def fastest(m: int, weight: Weight, at: Hardware) -> Cut | None:
-    """The fastest cut for ``m`` tokens; None if it is faster to write the weight out."""
+    """The fastest cut for ``m`` tokens; None where something is missing, for few tokens, and where it is
+    faster to write the weight out."""
+    if m < FEWEST or missing(weight, at) is not None:
+        return None
     blocks, _, width = weight.packed.shape
-    every = [cut for tile in TILES for cut in cuts(tile, m, weight.n, blocks, at.processors)]
-    of_256 = blocks * 4 * width / 256
+    return _fastest(m, weight.n, weight.k, blocks, width, at)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(m: int, n: int, k: int, blocks: int, width: int, at: Hardware) -> Cut | None:
+    every = [cut for tile in TILES for cut in cuts(tile, m, n, blocks, at.processors)]
+    of_256 = blocks * PLANES * width / 256
     cut = min(every, key=lambda cut: cut.time(of_256, at.processors))
     if at.read_rate is None or at.product_rate is None:
         return cut
     # Of many tokens power is what limits these products, and those of the BLAS.
     slower, share = (1.28, 0.7) if m >= 1024 else (1.1, 0.75)
-    written = 2.5 * weight.n * weight.k / (0.82 * at.read_rate)
-    multiplied = 2 * m * weight.n * weight.k / (share * at.product_rate)
+    written, multiplied = 2.5 * n * k / (0.82 * at.read_rate), 2 * m * n * k / (share * at.product_rate)
     dense = 1e6 * (written + multiplied) + 3 * _LAUNCH
     return cut if slower * cut.time(of_256, at.processors) < dense else None
-
-
-def missing(weight: Weight, at: Hardware) -> str | None:
-    """Why the product with ``weight`` cannot be this one on ``at``, in one line; None if it can."""
-    if not at.has_bulk_copies or interpreted():
-        return "needs compute capability 9.0"
-    if weight.packed.shape[-1] < _PART:
-        return f"needs groups of a multiple of {_PART} channels"
-    if at.shared_bytes < max(tile.shared_bytes(weight.packed.shape[-1]) for tile in TILES) + 1024:
-        return f"needs more shared memory than {at.shared_bytes} bytes"
-    return _other_triton()
-
-
-@functools.cache
-def _other_triton() -> str | None:
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if VERSIONS[0] <= version <= VERSIONS[1]:
-        return None
-    first, last = (".".join(map(str, tried)) for tried in VERSIONS)
-    return f"was tried with Triton {first} to {last}, not with {triton.__version__}"
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, cut: Cut) -> list[Call]:

@@ -15,13 +15,14 @@ pytest.importorskip("triton")
 
 import triton
 
-from awqc.kernels import qlinear_triton, triton_many
+from awqc.kernels import qlinear_triton
 from awqc.kernels.hardware import Hardware, known
 from awqc.kernels.launch import launches
 from awqc.kernels.machine_code import sass
 from awqc.kernels.qlinear_triton import TritonGemm
 from awqc.kernels.triton_call import Call
-from awqc.kernels.triton_many import TILES, Cut, cuts, fastest, missing, product
+from awqc.kernels.triton_many import TILES, Cut, ManyTile, cuts, fastest, missing, product
+from awqc.kernels.triton_tile import Tile
 from awqc.kernels.triton_weight import Weight
 from tests.kernels import uninterpreted
 
@@ -59,7 +60,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("m", "n", "blocks"), [(300, 4096, 16), (1024, 14336, 16), (2048, 8192, 112), (17, 100, 1)]
 )
-def test_every_tile_is_whole_or_shared(tile: triton_many.ManyTile, m: int, n: int, blocks: int) -> None:
+def test_every_tile_is_whole_or_shared(tile: ManyTile, m: int, n: int, blocks: int) -> None:
     places = 132 * tile.programs
     found = list(cuts(tile, m, n, blocks, 132))
     assert len(found) == len(set(found))
@@ -71,6 +72,7 @@ def test_every_tile_is_whole_or_shared(tile: triton_many.ManyTile, m: int, n: in
         assert cut.programs == cut.whole + cut.shared * cut.shares
 
 
+@pytest.mark.usefixtures("compiling")
 def test_tiles_that_do_not_fill_the_processors_are_shared_out() -> None:
     # 448 tiles are three rounds of 132, and 52 that leave most processors idle.
     cut = fastest(1024, weight_of(14336, 4096), H200)
@@ -78,6 +80,7 @@ def test_tiles_that_do_not_fill_the_processors_are_shared_out() -> None:
     assert (cut.tile.block_m, cut.whole, cut.shared, cut.shares) == (256, 396, 52, 2)
 
 
+@pytest.mark.usefixtures("compiling")
 def test_more_tokens_take_larger_tiles_and_more_time() -> None:
     weight, before, time = weight_of(8192, 28672), 0, 0.0
     for tokens in (17, 33, 64, 65, 128, 129, 256, 512, 2048):
@@ -88,6 +91,14 @@ def test_more_tokens_take_larger_tiles_and_more_time() -> None:
         before, time = cut.tile.block_m, cut.time(112, 132)
 
 
+@pytest.mark.usefixtures("compiling")
+def test_small_products_and_few_tokens_take_the_portable_kernel() -> None:
+    for tokens, weight in ((100, weight_of(256, 512)), (16, weight_of(8192, 28672))):
+        assert fastest(tokens, weight, H200) is None
+        assert isinstance(qlinear_triton.route(tokens, weight, HALF, H200), Tile)
+
+
+@pytest.mark.usefixtures("compiling")
 def test_the_weight_is_written_out_where_tiles_would_leave_processors_idle() -> None:
     # Eight rounds for 7.06 rounds of tiles of a weight that is written out in a few microseconds.
     weight = weight_of(1024, 1024)
@@ -115,18 +126,14 @@ def test_what_is_missing_has_a_name(change: dict[str, object], group_size: int, 
 @pytest.mark.usefixtures("compiling")
 def test_a_triton_that_was_not_tried_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", "4.0.0")
-    triton_many._other_triton.cache_clear()
-    try:
-        reason = missing(weight_of(256, 512), H200)
-        assert reason == "was tried with Triton 3.6 to 3.9, not with 4.0.0"
-        assert qlinear_triton.route(1000, weight_of(256, 512), torch.float16, H200) is None
-    finally:
-        triton_many._other_triton.cache_clear()
+    weight, at = weight_of(4096, 4096), replace(H200, name="another")
+    assert missing(weight, at) == "was tried with Triton 3.6 to 3.9, not with 4.0.0"
+    assert qlinear_triton.route(1000, weight, HALF, at) is None
 
 
 def test_what_is_interpreted_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert missing(weight_of(256, 512), H200) is not None
+    assert missing(weight_of(256, 512), H200) == "has no interpreter"
     assert not isinstance(qlinear_triton.route(100, weight_of(256, 512), torch.float16, H200), Cut)
 
 
