@@ -73,7 +73,7 @@ def quick() -> list[Part]:
         tests("marlin-device", 60, "tests/gpu"),
         tests("marlin", 60, "tests/kernels", "-k", "(marlin or launch or join) and not fused"),
         tests("exllama", 60, "tests/kernels/test_qlinear_exllama.py", "tests/kernels/test_exllama_layout.py"),
-        tests("triton", 60, "tests/kernels", "-k", "triton or words or autotune or experts"),
+        tests("triton", 60, "tests/kernels", "-k", "triton or gluon or words or autotune or experts"),
         tests("fused", 60, "tests/kernels", "-k", "fused"),
         tests("backends-marlin", 60, "tests/backends", "-k", "marlin"),
         tests("backends-exllama", 60, "tests/backends", "-k", "exllama"),
@@ -104,7 +104,7 @@ def sanitized(tool: str) -> list[Part]:
     choice for shapes so small: its tests run some."""
     under = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "3")
     own_memory = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),) if tool == "memcheck" else ()
-    many = (*PYTEST, "tests/kernels/test_triton_many.py", "-k", "reference and (200 or 384)")
+    many = (*PYTEST, "tests/kernels/test_many_gluon.py", "-k", "reference and (200 or 384)")
     parts = [
         Part(
             f"{tool}-{kernel}",

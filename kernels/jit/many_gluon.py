@@ -45,24 +45,23 @@ def _packed_bfloat16(plane: int) -> str:
         }}"""
 
 
-def _wide(dtype: str, plane: int) -> str:
-    # 128 + q in float32, times the scale, minus (128 + z) times the scale: exact for scales of 16 bits.
+def _wide(plane: int) -> str:
+    # 128 + q in float32, times the scale, minus (128 + z) times the scale: exact for scales of 16 bits. The first
+    # result is there before the operands of the second are read.
     return f"""{{
         .reg .b32 low, high;
-        shl.b32 low, $1, {16 - 4 * plane};
-        shr.u32 high, $1, {4 * plane};
+        shl.b32 low, $2, {16 - 4 * plane};
+        shr.u32 high, $2, {4 * plane};
         lop3.b32 low, low, 0x000f0000, 0x43000000, 0xea;
         lop3.b32 high, high, 0x000f0000, 0x43000000, 0xea;
-        fma.rn.f32 low, low, $2, $4;
-        fma.rn.f32 high, high, $3, $5;
-        cvt.rn.{dtype}x2.f32 $0, high, low;
+        fma.rn.f32 $0, low, $3, $5;
+        fma.rn.f32 $1, high, $4, $6;
         }}"""
 
 
 _PACKED_FLOAT16 = gl.constexpr(tuple(_packed_float16(plane) for plane in range(4)))
 _PACKED_BFLOAT16 = gl.constexpr(tuple(_packed_bfloat16(plane) for plane in range(4)))
-_WIDE_FLOAT16 = gl.constexpr(tuple(_wide("f16", plane) for plane in range(4)))
-_WIDE_BFLOAT16 = gl.constexpr(tuple(_wide("bf16", plane) for plane in range(4)))
+_WIDE = gl.constexpr(tuple(_wide(plane) for plane in range(4)))
 
 
 @gluon.jit
@@ -72,15 +71,10 @@ def _weights(words, scale, zero, dtype: gl.constexpr, plane: gl.constexpr):
         wide = scale.to(gl.float32)
         factor, _ = gl.broadcast(wide.expand_dims(1), words)
         offset, _ = gl.broadcast((wide * (-128.0 - zero.to(gl.float32))).expand_dims(1), words)
-        operands = [words, factor, offset]
-        if dtype == gl.float16:
-            return gl.inline_asm_elementwise(
-                _WIDE_FLOAT16[plane], "=r,r,f,f,f,f", operands, gl.float16, is_pure=True, pack=2
-            )
-        else:
-            return gl.inline_asm_elementwise(
-                _WIDE_BFLOAT16[plane], "=r,r,f,f,f,f", operands, gl.bfloat16, is_pure=True, pack=2
-            )
+        product = gl.inline_asm_elementwise(
+            _WIDE[plane], "=&f,=&f,r,f,f,f,f", [words, factor, offset], gl.float32, is_pure=True, pack=2
+        )
+        return product.to(dtype)
     factor, _ = gl.broadcast(scale.expand_dims(1), words)
     if dtype == gl.float16:
         if plane % 2 == 0:
