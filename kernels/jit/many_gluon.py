@@ -46,8 +46,8 @@ def _packed_bfloat16(plane: int) -> str:
 
 
 def _wide(plane: int) -> str:
-    # 128 + q in float32, times the scale, minus (128 + z) times the scale: exact for scales of 16 bits. The first
-    # result is there before the operands of the second are read.
+    # 128 + q in float32, times the scale, minus (128 + z) times the scale: exact for scales of 16 bits. The
+    # first result is written before the operands of the second are read.
     return f"""{{
         .reg .b32 low, high;
         shl.b32 low, $2, {16 - 4 * plane};
