@@ -235,9 +235,11 @@ def describe(
     how, out = route(rows.shape[0], weight, x.dtype, at), rows.new_empty(rows.shape[0], out_features)
     if how is None:
         full = packed.new_empty(out_features, x.shape[-1], dtype=x.dtype)
+        reason = triton_many.missing(weight, at) if at.has_bulk_copies else None
+        config = {} if reason is None else {"without many_gluon.py, which": reason}
         return [
             written(weight, full, Target.of(at)).describe(),
-            Launch("cuBLAS", nbytes(rows, full, bias), nbytes(out)),
+            Launch("cuBLAS", nbytes(rows, full, bias), nbytes(out), config=config),
         ]
     if isinstance(how, Cut):
         calls = triton_many.product(rows, weight, bias, out, how)

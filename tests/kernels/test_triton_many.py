@@ -116,6 +116,10 @@ def test_a_triton_that_was_not_tried_is_not_used(monkeypatch: pytest.MonkeyPatch
     weight, at = weight_of(4096, 4096), replace(H200, name="another")
     assert missing(weight, at) == "was tried with Triton 3.6 to 3.9, not with 4.0.0"
     assert qlinear_triton.route(1000, weight, HALF, at) is None
+    x = torch.empty(1000, 4096, dtype=HALF, device="meta")
+    monkeypatch.setattr(Call, "code", lambda call: None)
+    _, blas = launches(TritonGemm.op, at, (x, weight.packed, weight.scales, weight.zeros, None, 4096, 128), x)
+    assert blas.config["without many_gluon.py, which"].endswith("not with 4.0.0")
 
 
 def test_what_is_interpreted_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
