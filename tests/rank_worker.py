@@ -100,6 +100,8 @@ def main(task: str, folder: Path) -> None:
             except ConfigError as error:
                 (folder / f"few-{ranks.rank}").write_text(str(error))
         else:
+            # torchrun ends those that are left, on a busy machine before they have found out themselves.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             try:
                 compiled("dense", folder / "out", dying(folder))
             except AwqcError as error:
