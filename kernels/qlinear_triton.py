@@ -53,13 +53,18 @@ LIBRARY.define(
 def multiply(x: Tensor, weight: Weight, bias: Tensor | None, how: Tile | Cut) -> Tensor:
     """``x @ W.T + bias`` for ``x`` ``(M, K)`` contiguous float16 or bfloat16: ``(M, N)``."""
     y = x.new_empty(x.shape[0], weight.n)
-    if isinstance(how, Cut):
-        calls = triton_many.product(aligned(x), weight, bias, y, how)
-    else:
-        calls = product(x, weight, bias, y, how, target(x.device))
-    for call in calls:
+    for call in calls(x, weight, bias, y, how, target(x.device)):
         call.launch()
     return y
+
+
+def calls(
+    x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, how: Tile | Cut, at: Target
+) -> list[Call]:
+    """The calls that write ``x @ W.T + bias`` to ``y`` ``(M, N)``."""
+    if isinstance(how, Cut):
+        return triton_many.product(aligned(x), weight, bias, y, how)
+    return product(x, weight, bias, y, how, at)
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor, tile: Tile, at: Target) -> list[Call]:
@@ -241,11 +246,7 @@ def describe(
             written(weight, full, Target.of(at)).describe(),
             Launch("cuBLAS", nbytes(rows, full, bias), nbytes(out), config=config),
         ]
-    if isinstance(how, Cut):
-        calls = triton_many.product(rows, weight, bias, out, how)
-    else:
-        calls = product(rows, weight, bias, out, how, Target.of(at))
-    return [call.describe() for call in calls]
+    return [call.describe() for call in calls(rows, weight, bias, out, how, Target.of(at))]
 
 
 @torch.library.register_fake("awqc::qlinear_triton", lib=LIBRARY)
