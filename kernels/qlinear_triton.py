@@ -130,8 +130,8 @@ def written(weight: Weight, out: Tensor, at: Target) -> Call:
 
 def choose(tokens: int, weight: Weight, dtype: torch.dtype) -> Tile | Cut | None:
     """How to multiply ``tokens``; None for the dense route. Measured first, where the autotuner is on."""
-    device, at, key = weight.packed.device, hardware(weight.packed.device), _key(weight, dtype)
-    if may_tune(device) and configs.tuned(key, at.name) is None:
+    device, at = weight.packed.device, hardware(weight.packed.device)
+    if may_tune(device) and configs.tuned(key := _key(weight, dtype), at.name) is None:
         configs.keep(key, device, tune(weight, dtype))
     return route(tokens, weight, dtype, at)
 

@@ -16,7 +16,8 @@ from awqc.kernels import qlinear_triton
 from awqc.kernels.machine_code import sass
 from awqc.kernels.triton_many import TILES, Cut, cuts, missing
 from tests.kernels import uninterpreted
-from tests.kernels.test_triton_many import BRAIN, H200, HALF, calls, weight_of
+from tests.kernels.test_triton_many import BRAIN, H200, HALF, calls
+from tests.kernels.triton_weights import weight_of
 
 SHAPES = [
     (200, 1024, 128, 300, 4),
@@ -85,7 +86,7 @@ def test_equals_the_reference(
     want = x.double() @ qlinear_triton.dense(weight, torch.float32).double().t() + bias.double()
     for tile in TILES:
         ways = [c for c in cuts(tile, m, n, weight.packed.shape[0], 132) if c.shares in (1, shares)]
-        assert ways
+        assert {cut.shares for cut in ways} == {1, shares}
         for cut in ways:
             y = qlinear_triton.multiply(x, weight, bias, cut)
             error = (y.double() - want).norm() / want.norm()

@@ -21,21 +21,10 @@ from awqc.kernels.triton_many import TILES, Cut, ManyTile, cuts, fastest, missin
 from awqc.kernels.triton_tile import Tile
 from awqc.kernels.triton_weight import Weight
 from tests.kernels import uninterpreted
+from tests.kernels.triton_weights import weight_of
 
 H200 = known()["h200"]
 HALF, BRAIN = torch.float16, torch.bfloat16
-
-
-def weight_of(
-    n: int, k: int, group_size: int = 128, dtype: torch.dtype = torch.float16, device: str = "meta"
-) -> Weight:
-    groups = k // group_size if group_size > 0 else 1
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
-    scales = (torch.rand(n, groups, device=device) + 0.5).to(dtype)
-    zeros = torch.randint(0, 16, (n, groups), dtype=torch.uint8, device=device)
-    tensors, _ = TritonGemm.pack(codes, scales, zeros, None, 4, group_size)
-    operands = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return Weight(**operands, n=n, k=k, group_size=group_size)
 
 
 @pytest.fixture

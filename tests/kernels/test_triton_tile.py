@@ -22,7 +22,7 @@ from awqc.kernels.qlinear_triton import TritonGemm
 from awqc.kernels.triton_call import Call, Target
 from awqc.kernels.triton_tile import Tile
 from awqc.kernels.triton_weight import Weight
-from tests.kernels import uninterpreted
+from tests.kernels import triton_weights, uninterpreted
 
 FILES = sorted(Path(configs.__file__).parent.glob("configs_*.json"))
 WIDE = Tile(block_m=128, block_n=128, warps=8, stages=3, programs=1)
@@ -34,14 +34,7 @@ def weight_of(
     k: int, group_size: int, scales: torch.dtype = torch.float16, n: int = 512, experts: int | None = None
 ) -> Weight:
     """A packed weight without memory, of ``experts`` if there are any."""
-    lead = () if experts is None else (experts,)
-    groups = 1 if group_size == -1 else -(-k // group_size)
-    codes = torch.empty(*lead, n, k, dtype=torch.uint8, device="meta")
-    scale = torch.empty(*lead, n, groups, dtype=scales, device="meta")
-    kernel = TritonGemm if experts is None else TritonExperts
-    tensors, _ = kernel.pack(codes, scale, scale.byte(), None, 4, group_size)
-    held = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    return Weight(**held, n=n, k=k, group_size=group_size)
+    return triton_weights.weight_of(n, k, group_size, scales, experts=experts)
 
 
 def weights() -> Iterator[Weight]:

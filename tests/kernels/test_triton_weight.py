@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from awqc.kernels.hardware import Hardware
 from awqc.kernels.triton_call import Target
 from awqc.kernels.triton_tile import Tile
-from tests.kernels.test_triton_many import weight_of
+from tests.kernels.triton_weights import weight_of
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,6 @@ def test_operands_say_what_is_whole() -> None:
 
 def test_fits_what_a_block_may_have() -> None:
     small = Hardware("some", "cuda", 100, (8, 0), 48 << 10)
-    fitted = weight_of(100, 1024, dtype=torch.float32).fitting(Tile(128, 128, 8, 4, 1), small)
+    fitted = weight_of(100, 1024, scales=torch.float32).fitting(Tile(128, 128, 8, 4, 1), small)
     assert fitted.stages == 2
     assert fitted.block_m < 128
