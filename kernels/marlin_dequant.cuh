@@ -6,51 +6,71 @@ constexpr int PARTS = SET / EACH;  // of a set
 constexpr int SET_GROUPS = GROUP == 32 ? 2 : 1;
 
 // Matrix descriptor of activations at `address`: rows of 128 bytes, swizzled by 128 bytes, groups of 8 rows 1024 apart.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return u64((address & 0x3FFFF) >> 4) | u64(1) << 16 | u64(64) << 32 | u64(1) << 62;
-}
+__device__ __forceinline__ u64 descriptor(u32 address) { return u64(64 | 1 << 30) << 32 | (address >> 4 | 1 << 16); }
 
-// A number in both halves of a register, in the dtype of the activations.
-__device__ __forceinline__ u32 twice(float value) { return from_floats(value, value); }
+// Where in shared memory a lane's part of a strip at `strip` lies.
+struct Own {
+  u32 words, scales, zeros;
 
-// base + z in both halves of a register, for z up to 16: like base + q, put together from its bits.
-__device__ __forceinline__ u32 low_and(u32 z) { return BF16 ? 0x42004200u + z * 0x40004u : 0x4C004C00u + z * 0x400040u; }
-__device__ __forceinline__ u32 high_and(u32 z) { return BF16 ? 0x42004200u + z * 0x40004u : 0x5C005C00u + z * 0x40004u; }
+  __device__ __forceinline__ Own(u32 strip, int lane)
+      : words(kept(strip + lane * 16)),
+        scales(kept(strip + SCALES + (lane >> 2) * 4)),
+        zeros(kept(strip + ZEROS + (lane >> 2) * 2)) {}
 
-// A lane's part of a set as it is stored.
+ private:
+  // From this lane to itself: what comes out of a shuffle, the compiler does not compute anew in every step.
+  __device__ __forceinline__ static u32 kept(u32 value) { return __shfl_sync(~0u, value, threadIdx.x & 31); }
+};
+
+// A lane's part of a set: codes as they are stored, scales of rows 0 to 7 and of rows 8 to 15, and what to subtract from
+// the numbers that `unpack` makes for either, in the dtype of the activations.
 struct Packed {
-  uint4 words;
-  u32 scales[SET_GROUPS], zeros[SET_GROUPS];
+  u32 words[4], scales[SET_GROUPS], offsets[SET_GROUPS];
 
-  __device__ __forceinline__ void load(const u8* strip, int half, int lane) {
-    words = reinterpret_cast<const uint4*>(strip)[half * 32 + lane];
+  // The first or the second set of the strip that is `at` bytes further on than `own` says.
+  __device__ __forceinline__ void load(const Own& own, u32 at, int half) {
+    load_words(own, at, half);
 #pragma unroll
     for (int g = 0; g < SET_GROUPS; ++g) {
-      const int pair = (half * SET / TILES + g) * 8 + (lane >> 2);
-      scales[g] = reinterpret_cast<const u32*>(strip + SCALES)[pair];
-      zeros[g] = reinterpret_cast<const u16*>(strip + ZEROS)[pair];
+      const int pair = (half * SET / TILES + g) * 8;
+      const u32 scale = load_shared4(own.scales + at + pair * 4), zero = load_shared2(own.zeros + at + pair * 2);
+#if BF16 == SCALE_BF16
+      scales[g] = scale;
+#else
+      scales[g] = from_floats(scale_to_float(u16(scale)), scale_to_float(u16(scale >> 16)));
+#endif
+      // base + z, put together from its bits as base + q is.
+#if BF16
+      offsets[g] = 0x42004200u + ((zero | zero << 8) & 0xFF00FFu) * 4;
+#else
+      offsets[g] = 0x5C004C00u + zero * 0x400 - (zero & 0xFFu) * 0x3C0;
+#endif
     }
+  }
+
+  // The second set of a strip whose first is `first`.
+  __device__ __forceinline__ void load_second(const Own& own, u32 at, const Packed& first) {
+    if (SET / TILES) return load(own, at, 1);
+    load_words(own, at, 1);
+    scales[0] = first.scales[0], offsets[0] = first.offsets[0];
   }
 
   // A part as (q - z) s. The difference is exact; the product is rounded once.
   __device__ __forceinline__ void dequantize(u32 (&a)[EACH][4], int part) const {
-    u32 scale[2], offset[2];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-      const int s = part * EACH + i;
-      if (i == 0 || s % TILES == 0) {
-        const u32 pair = scales[s / TILES], zero = zeros[s / TILES];
-#if BF16 == SCALE_BF16
-        scale[0] = (pair & 0xFFFFu) * 0x10001u, scale[1] = (pair >> 16) * 0x10001u;
-#else
-        scale[0] = twice(scale_to_float(u16(pair))), scale[1] = twice(scale_to_float(u16(pair >> 16)));
-#endif
-        offset[0] = low_and(zero & 255u), offset[1] = high_and(zero >> 8);
-      }
-      unpack(a[i], s == 0 ? words.x : s == 1 ? words.y : s == 2 ? words.z : words.w);
+      const int s = part * EACH + i, g = s / TILES;
+      const u32 offset[2] = {lower_twice(offsets[g]), upper_twice(offsets[g])};
+      const u32 scale[2] = {lower_twice(scales[g]), upper_twice(scales[g])};
+      unpack(a[i], words[s]);
 #pragma unroll
       for (int j = 0; j < 4; ++j) a[i][j] = multiply2(subtract2(a[i][j], offset[j & 1]), scale[j & 1]);
     }
+  }
+
+ private:
+  __device__ __forceinline__ void load_words(const Own& own, u32 at, int half) {
+    load_shared16(words, own.words + at + half * 512);
   }
 };
 

@@ -17,14 +17,14 @@
 constexpr int ROW_BLOCKS = 2;  // of 64 rows, one for each warpgroup that multiplies
 constexpr int BLOCK_BYTES = 4 * STRIP_BYTES;
 constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels, and of sums of 64 rows when they leave
-constexpr int W_STAGE = ROW_BLOCKS * BLOCK_BYTES;
+constexpr int STAGE_BYTES = 2 * X_HALF + (ROW_BLOCKS * BLOCK_BYTES + 1023) / 1024 * 1024;
 constexpr int CONSUMERS = 128 * ROW_BLOCKS;
 constexpr int COPIERS = 4;  // for the blocks of weights, and for the halves of the activations
 constexpr int FEW_REGISTERS = 56, REGISTERS = 224;  // of those who copy, and of those who multiply
 constexpr int SUMS = TOKENS / 2;        // of a thread
 constexpr int ABREAST = 2048 / TOKENS;  // tiles of tokens that go through the rows together
-// Where things lie in shared memory: activations, weights, barriers.
-constexpr int W_RING = STAGES * 2 * X_HALF, FULL = W_RING + STAGES * W_STAGE, EMPTY = FULL + 16 * STAGES;
+// Where barriers lie in shared memory, behind the stages.
+constexpr int FULL = STAGES * STAGE_BYTES, EMPTY = FULL + 16 * STAGES;
 
 extern __shared__ __align__(1024) u8 shared[];
 
@@ -121,10 +121,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     if (!elected()) return;
     if (copier >= 2) wait_for_previous();
     Walk walk(shares, own_share);
-    Piece piece;
     int slot = 0;
     u32 parity = 1;  // the first round of stages is free
-    while (walk.next(piece)) {
+    for (int i = 0; i < walk.pieces; ++i) {
+      const Piece piece = walk.piece(i);
       int block, token0;
       place(piece.tile, row_tiles, token_tiles, block, token0);
       block += half;
@@ -136,11 +136,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         if (copier < 2) {
           expect(barrier, weight_bytes);
           if (weight_bytes)
-            copy_bulk(base + W_RING + slot * W_STAGE + half * BLOCK_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES,
+            copy_bulk(base + slot * STAGE_BYTES + 2 * X_HALF + half * BLOCK_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES,
                       barrier);
         } else {
           expect(barrier, X_HALF);
-          copy_tensor(base + (2 * slot + half) * X_HALF, &x_map, step * 128 + half * 64, token0, barrier);
+          copy_tensor(base + slot * STAGE_BYTES + half * X_HALF, &x_map, step * 128 + half * 64, token0, barrier);
         }
         if (++slot == STAGES) slot = 0, parity ^= 1;
       }
@@ -151,40 +151,44 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   take_registers<REGISTERS>();
   wait_for_previous();
   const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
-  const u8* strips = ring + W_RING + group * BLOCK_BYTES + warp * STRIP_BYTES;  // those of the first stage
+  const Own own(base + 2 * X_HALF + group * BLOCK_BYTES + warp * STRIP_BYTES, lane);  // in the first stage
   float acc[SUMS];
   u32 a[2][EACH][4];
   Packed packs[2];  // of a stage's halves
-  Walk walk(shares, own_share);
-  Piece piece;
+  const Walk walk(shares, own_share);
+  // Where the compiler knows that all threads take as many turns, it keeps what is the same for all in shared registers.
+  const int pieces = uniform(walk.pieces);
   int slot = 0;
-  u32 parity = 0;
-  while (walk.next(piece)) {
+  u32 parity = 0, at = 0;  // of the stage, and how far it is from the first
+#pragma unroll 1
+  for (int i = 0; i < pieces; ++i) {
+    const Piece piece = walk.piece(i);
+    const int steps = uniform(piece.end - piece.begin);
     int before = slot;
     wait(full + 16 * slot, parity);
-    packs[0].load(strips + slot * W_STAGE, 0, lane);
+    packs[0].load(own, at, 0);
 #pragma unroll 1
-    for (int step = piece.begin; step < piece.end; ++step) {
-      const u8* stage = strips + slot * W_STAGE;
-      const u64 x = descriptor(base + slot * 2 * X_HALF);
+    for (int step = 0; step < steps; ++step) {
+      const u64 x = descriptor(base + at), own_at = at;
       const u32 second = full + 16 * slot + 8, second_parity = parity;
       const int done = before;
       before = slot;
-      if (++slot == STAGES) slot = 0, parity ^= 1;
+      at += STAGE_BYTES;
+      if (++slot == STAGES) slot = 0, at = 0, parity ^= 1;
 #pragma unroll
       for (int part = 0; part < 2 * PARTS; ++part) {
         const int half = part / PARTS;
         packs[half].dequantize(a[part % 2], part % PARTS);
         if (part == PARTS) wait(second, second_parity);
-        multiply_part(acc, a[part % 2], x + half * (X_HALF >> 4), part % PARTS, step > piece.begin || part);
-        if (part == 0) packs[1].load(stage, 1, lane);
-        if (part == PARTS && step + 1 < piece.end) {
+        multiply_part(acc, a[part % 2], x + half * (X_HALF >> 4), part % PARTS, step || part);
+        if (part == 0) packs[1].load_second(own, own_at, packs[0]);
+        if (part == PARTS && step + 1 < steps) {
           wait(full + 16 * slot, parity);
-          packs[0].load(strips + slot * W_STAGE, 0, lane);
+          packs[0].load(own, at, 0);
         }
         // The part before this one is done with its registers, and after a stage's first the stage before is free.
         wait_for_products<1>();
-        if (part == 0) arrive_if(step > piece.begin && lane == 0, empty + 8 * done);
+        if (part == 0) arrive_if(step && lane == 0, empty + 8 * done);
       }
     }
     wait_for_products<0>();
@@ -229,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       }
     }
     warpgroups_barrier<CONSUMERS>();  // the last stage has served both
-    store<SUMS>(acc, ring + (2 * before + group) * X_HALF, y, bias, row0, token0, tokens, n, group);
+    store<SUMS>(acc, ring + before * STAGE_BYTES + group * X_HALF, y, bias, row0, token0, tokens, n, group);
     __syncwarp();
     arrive_if(lane == 0, empty + 8 * before);
 #endif

@@ -55,7 +55,8 @@ class ManyTiling:
     def shared_bytes(self, group: int) -> int:
         """Shared memory of a block: the ring, and barriers."""
         weights = _ROW_BLOCKS * layout.STRIPS * layout.strip_bytes(group)
-        return _ALIGNMENT + self.stages * (self.tokens * 2 * layout.CHANNELS + weights + 24)
+        stage = self.tokens * 2 * layout.CHANNELS + -(-weights // _ALIGNMENT) * _ALIGNMENT
+        return _ALIGNMENT + self.stages * (stage + 24)
 
     def tiles(self, row_blocks: int, tokens: int) -> int:
         """Tiles of ``row_blocks`` blocks of 64 rows and ``tokens`` tokens."""

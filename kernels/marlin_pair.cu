@@ -60,28 +60,29 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   } else {
     take_registers<232>();  // what the block was launched with, less those 40
     wait_for_previous();
-    const int half = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
-    const int own = 2 * X_HALF + warp * STRIP_BYTES;
+    const int half = uniform(threadIdx.x >> 7), warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
+    const Own own(base + 1024 + 2 * X_HALF + warp * STRIP_BYTES, lane);  // in the first stage
     float acc[TOKENS / 2];
     u32 a[2][EACH][4];
     Packed pack;
     int slot = 0, before = 0;
-    u32 parity = 0;
+    u32 parity = 0, at = 0;  // of the stage, and how far it is from the first
     wait(full, 0);
-    pack.load(ring + own, half, lane);
+    pack.load(own, 0, half);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const u64 x = descriptor(shared_address(ring + slot * STAGE_BYTES) + half * X_HALF);
+      const u64 x = descriptor(base + 1024 + half * X_HALF + at);
       const int done = before;
       before = slot;
-      if (++slot == STAGES) slot = 0, parity ^= 1;
+      at += STAGE_BYTES;
+      if (++slot == STAGES) slot = 0, at = 0, parity ^= 1;
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
         pack.dequantize(a[part % 2], part);
         multiply_part(acc, a[part % 2], x, part, step || part);
         if (part == PARTS - 1 && step + 1 < steps) {
           wait(full + 8 * slot, parity);
-          pack.load(ring + slot * STAGE_BYTES + own, half, lane);
+          pack.load(own, at, half);
         }
         // The part before this one is done with its registers, and after a stage's first the stage before is free.
         wait_for_products<1>();

@@ -62,7 +62,38 @@ __device__ __forceinline__ u32 multiply2(u32 a, u32 b) {
   return out;
 }
 
+// Both halves of a register as its lower half, and as its upper: operands that an instruction reads as they are.
+__device__ __forceinline__ u32 lower_twice(u32 pair) {
+  u32 out;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {low, low};\n}" : "=r"(out) : "r"(pair));
+  return out;
+}
+
+__device__ __forceinline__ u32 upper_twice(u32 pair) {
+  u32 out;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\nmov.b32 %0, {high, high};\n}" : "=r"(out) : "r"(pair));
+  return out;
+}
+
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// What lies at `address`, and what was there when the last barrier was passed.
+__device__ __forceinline__ u32 load_shared2(u32 address) {
+  u16 out;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(out) : "r"(address) : "memory");
+  return out;
+}
+
+__device__ __forceinline__ u32 load_shared4(u32 address) {
+  u32 out;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out) : "r"(address) : "memory");
+  return out;
+}
+
+__device__ __forceinline__ void load_shared16(u32 (&out)[4], u32 address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address) : "memory");
+}
 
 // Four matrices of 8 rows of 16 bytes: lanes 8 i to 8 i + 7 name the rows of the i-th.
 __device__ __forceinline__ void load_matrices(u32& a, u32& b, u32& c, u32& d, u32 address) {

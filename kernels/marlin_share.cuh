@@ -18,24 +18,19 @@ struct Shares {
 
 struct Walk {
   Shares shares;
-  int block, wave, at, end;
+  int block, at, end;
+  int whole, pieces;  // of the latter, so many are whole tiles
 
   __device__ __forceinline__ Walk(const Shares& of, int own)
-      : shares(of), block(own), wave(0), at(of.first(own)), end(of.first(own + 1)) {}
+      : shares(of), block(own), at(of.first(own)), end(of.first(own + 1)) {
+    whole = max(0, min(of.waves, (of.tiles - own + of.blocks - 1) / of.blocks));
+    pieces = whole + (end > at ? (end - 1) / of.steps - at / of.steps + 1 : 0);
+  }
 
-  // The next piece of the block's work, if there is one.
-  __device__ __forceinline__ bool next(Piece& piece) {
-    while (wave < shares.waves) {
-      const int tile = wave++ * shares.blocks + block;
-      if (tile < shares.tiles) {
-        piece = {tile, 0, shares.steps};
-        return true;
-      }
-    }
-    if (at >= end) return false;
-    const int tile = at / shares.steps, begin = at - tile * shares.steps;
-    piece = {shares.waves * shares.blocks + tile, begin, min(shares.steps, begin + end - at)};
-    at += piece.end - begin;
-    return true;
+  // The `i`-th piece of the block's work.
+  __device__ __forceinline__ Piece piece(int i) const {
+    if (i < whole) return {i * shares.blocks + block, 0, shares.steps};
+    const int tile = at / shares.steps + i - whole, first = tile * shares.steps;
+    return {shares.waves * shares.blocks + tile, max(at - first, 0), min(end - first, shares.steps)};
   }
 };

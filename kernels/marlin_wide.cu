@@ -74,30 +74,30 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     take_registers<REGISTERS>();
     wait_for_previous();
     const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
-    const int own = 2 * X_HALF + (group * 4 + warp) * STRIP_BYTES;
+    const Own own(base + 1024 + 2 * X_HALF + (group * 4 + warp) * STRIP_BYTES, lane);  // in the first stage
     float acc[TOKENS / 2];
     u32 a[2][EACH][4];
     Packed packs[2];  // of a stage's halves
     int slot = 0, before = 0;
-    u32 parity = 0;
+    u32 parity = 0, at = 0;  // of the stage, and how far it is from the first
     wait(full, 0);
-    packs[0].load(ring + own, 0, lane);
+    packs[0].load(own, 0, 0);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const u8* stage = ring + slot * STAGE_BYTES;
-      const u64 x = descriptor(shared_address(stage));
+      const u64 x = descriptor(base + 1024 + at), own_at = at;
       const int done = before;
       before = slot;
-      if (++slot == STAGES) slot = 0, parity ^= 1;
+      at += STAGE_BYTES;
+      if (++slot == STAGES) slot = 0, at = 0, parity ^= 1;
 #pragma unroll
       for (int part = 0; part < 2 * PARTS; ++part) {
         const int half = part / PARTS;
         packs[half].dequantize(a[part % 2], part % PARTS);
-        if (part == 0) packs[1].load(stage + own, 1, lane);
+        if (part == 0) packs[1].load_second(own, own_at, packs[0]);
         multiply_part(acc, a[part % 2], x + half * (X_HALF >> 4), part % PARTS, step || part);
         if (part == PARTS && step + 1 < steps) {
           wait(full + 8 * slot, parity);
-          packs[0].load(ring + slot * STAGE_BYTES + own, 0, lane);
+          packs[0].load(own, at, 0);
         }
         // The part before this one is done with its registers, and after a stage's first the stage before is free.
         wait_for_products<1>();

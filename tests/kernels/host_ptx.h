@@ -30,6 +30,9 @@ template <class F> static u32 in_pairs(u32 a, u32 b, F f) {
 static u32 subtract2(u32 a, u32 b) { return in_pairs(a, b, [](float x, float y) { return x - y; }); }
 static u32 multiply2(u32 a, u32 b) { return in_pairs(a, b, [](float x, float y) { return x * y; }); }
 
+static u32 lower_twice(u32 pair) { return (pair & 0xFFFFu) * 0x10001u; }
+static u32 upper_twice(u32 pair) { return (pair >> 16) * 0x10001u; }
+
 static u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
 // c (16, 8) += a (16, 16) b (16, 8): lane 4 g + t has rows g and g + 8 of a, column g of b, columns 2 t, 2 t + 1 of c.
@@ -49,6 +52,19 @@ static void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     c[i] = float(sum);
   }
   __syncwarp();
+}
+
+template <class T> static T load_shared(u32 address) {
+  if (address % sizeof(T)) std::abort();
+  T out;
+  std::memcpy(&out, reinterpret_cast<const char*>(shared) + address, sizeof(T));
+  return out;
+}
+static u32 load_shared2(u32 address) { return load_shared<u16>(address); }
+static u32 load_shared4(u32 address) { return load_shared<u32>(address); }
+static void load_shared16(u32 (&out)[4], u32 address) {
+  if (address % 16) std::abort();
+  for (int i = 0; i < 4; ++i) out[i] = load_shared<u32>(address + 4 * i);
 }
 
 static void load_matrices(u32& a, u32& b, u32& c, u32& d, u32 address) {

@@ -31,13 +31,15 @@ HOST = """
 #define __forceinline__ inline
 typedef unsigned u32;
 using std::min;
+using std::max;
 %s
 extern "C" int pieces(int blocks, int waves, int tiles, int steps, int block, int* out) {
   Walk walk({blocks, waves, tiles, steps}, block);
-  Piece piece;
-  int count = 0;
-  for (; walk.next(piece); out += 3, ++count) out[0] = piece.tile, out[1] = piece.begin, out[2] = piece.end;
-  return count;
+  for (int i = 0; i < walk.pieces; ++i, out += 3) {
+    const Piece piece = walk.piece(i);
+    out[0] = piece.tile, out[1] = piece.begin, out[2] = piece.end;
+  }
+  return walk.pieces;
 }
 """
 
