@@ -81,19 +81,14 @@ __device__ __forceinline__ void copy_tensor(u32 to, const TensorMap* map, int ch
       ::"r"(to), "l"(map), "r"(barrier), "r"(channel), "r"(token) : "memory");
 }
 
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_barrier() { arrive_at_cluster(), wait_for_cluster(); }
 
 __device__ __forceinline__ u32 address_at_rank(u32 address, u32 rank) {
   u32 remote;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
   return remote;
-}
-
-__device__ __forceinline__ void store2_at_rank(float* p, u32 rank, float first, float second) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};"
-               ::"r"(address_at_rank(shared_address(p), rank)), "f"(first), "f"(second) : "memory");
 }
 
 __device__ __forceinline__ void store4_at_rank(float4* p, u32 rank, float4 value) {

@@ -1,11 +1,13 @@
 // y = W x + bias for many tokens and few rows, on Hopper's wgmma: like marlin_wide.cu, with 64 rows to a cluster of two
 // blocks. The blocks have a half of the channels each; of every 128 of those, the two warpgroups of a block multiply
-// 64 each. The four sums meet in shared memory, in their order, so no second launch has to join them. Macros: those of
+// 64 each. The four sums meet in shared memory, always in the same order, so no second launch has to join them: those
+// of a block first, since little goes from one block's memory to the other's at a time. Macros: those of
 // marlin_block.cuh, TOKENS (32, 64 or 128), STAGES.
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
 #include "marlin_wgmma.cuh"
 #include "marlin_dequant.cuh"
+#include "marlin_sums.cuh"
 
 constexpr int ROWS = 64;
 constexpr int BLOCK_BYTES = 4 * STRIP_BYTES;
@@ -13,7 +15,6 @@ constexpr int X_HALF = TOKENS * 128;  // bytes of the activations of 64 channels
 constexpr int STAGE_BYTES = 2 * X_HALF + (BLOCK_BYTES + 1023) / 1024 * 1024;
 constexpr int CONSUMERS = 256;
 constexpr int COPIERS = 3;  // one for the weights and one for each half of the activations
-constexpr int OWN_TOKENS = TOKENS / 2;  // that a block sums in the end
 
 extern __shared__ __align__(1024) u8 shared[];
 
@@ -91,25 +92,28 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     }
     wait_for_products<0>();
 
-    // Each block sums half of the tokens: sums[where they come from][row][token].
-    constexpr int STRIDE = OWN_TOKENS + 2;
-    float* sums = reinterpret_cast<float*>(ring);
-    cluster_barrier();
+    settle(acc);
+
+    // Of a block, each warpgroup adds up its half of the tokens; of these, the block of that rank has the last word.
+    constexpr int HALF = TOKENS / 4, QUADS = HALF / 4 * 128;  // sums of half of the tokens, and what a warpgroup passes on
+    float4* passed = reinterpret_cast<float4*>(ring) + (threadIdx.x & 127);
+    warpgroups_barrier<CONSUMERS>();  // the ring has served
+    arrive_at_cluster();
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; i += 2) {
-      const int row = warp * 16 + (i >> 1 & 1) * 8 + (lane >> 2), token = i / 4 * 8 + (lane & 3) * 2;
-      store2_at_rank(sums + ((rank * 2 + half) * ROWS + row) * STRIDE + token % OWN_TOKENS, token / OWN_TOKENS, acc[i],
-                     acc[i + 1]);
+    for (int q = 0; q < HALF / 4; ++q) passed[half * QUADS + q * 128] = half ? quad(acc, q) : quad(acc + HALF, q);
+    warpgroups_barrier<CONSUMERS>();
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) acc[i] = half ? acc[HALF + i] : acc[i];
+    add<HALF>(acc, passed + (1 - half) * QUADS, 128);
+    wait_for_cluster();  // the ring of the other one has served
+    if (half != rank) {
+#pragma unroll
+      for (int q = 0; q < HALF / 4; ++q) store4_at_rank(passed + 2 * QUADS + q * 128, half, quad(acc, q));
     }
     cluster_barrier();
-    const int first = token0 + rank * OWN_TOKENS, end = min(OWN_TOKENS, tokens - first) * ROWS;
-#pragma unroll 4
-    for (int e = threadIdx.x; e < end; e += CONSUMERS) {
-      const int token = e / ROWS, row = block * 64 + e % ROWS;
-      float sum = 0.f;
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sum += sums[(c * ROWS + e % ROWS) * STRIDE + token];
-      if (row < n) y[long(first + token) * n + row] = from_float(bias ? sum + to_float(bias[row]) : sum);
+    if (half == rank) {
+      add<HALF>(acc, passed + 2 * QUADS, 128);
+      store<HALF>(acc, ring + 3 * QUADS * 16, y, bias, block * ROWS, token0 + rank * TOKENS / 2, tokens, n, half);
     }
   }
 }

@@ -41,11 +41,12 @@ class PairTiling:
         return 2 * row_blocks * -(-tokens // self.tokens)
 
     def shared_bytes(self, group: int) -> int:
-        """Shared memory of a block: barriers and the ring, which becomes the sums."""
+        """Shared memory of a block: barriers and the ring, where sums are exchanged in the end."""
         weights = layout.STRIPS * layout.strip_bytes(group)
         stage = self.tokens * 2 * layout.CHANNELS + -(-weights // 1024) * 1024
-        sums = 4 * layout.ROWS * (self.tokens // 2 + 2) * 4
-        return _BARRIERS + max(self.stages * stage, sums)
+        half = layout.ROWS * self.tokens // 2 * 4
+        left = 3 * half + half // 2  # of sums that warpgroups and blocks pass on, and of what leaves in the end
+        return _BARRIERS + max(self.stages * stage, left)
 
 
 def tile(
