@@ -104,6 +104,12 @@ __device__ __forceinline__ void store_transposed(u32 address, const u32 (&a)[4])
                ::"r"(address), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]) : "memory");
 }
 
+// Two of them.
+__device__ __forceinline__ void store_transposed(u32 address, const u32 (&a)[2]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a[0]), "r"(a[1])
+               : "memory");
+}
+
 // What this thread wrote, and what it knows of others' by a barrier, is there for who sees the flag.
 __device__ __forceinline__ void raise(u64* flag, u64 tag) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(tag) : "memory");

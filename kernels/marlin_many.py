@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import secrets
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -17,6 +16,7 @@ from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
 from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, nbytes
 from awqc.kernels.machine_code import CudaCode
+from awqc.kernels.marlin_parts import Parts
 
 #: Threads of a block: two warpgroups that multiply, and one that copies.
 _THREADS = 384
@@ -28,8 +28,6 @@ TILE_TOKENS = (128, 256)
 _ALIGNMENT = 1024
 #: Blocks of a weight that the L2 cache holds.
 _CACHED_BLOCKS = 14000
-#: What a raised flag holds. Whatever lay in its place before is something else, but for one case in 2**63.
-_TAG = secrets.randbits(63)
 
 
 @dataclass(frozen=True)
@@ -127,11 +125,11 @@ class Shares:
         """Whether a tile has several blocks."""
         return self.left > 0 and any(self.first(block) % self.steps for block in range(self.blocks))
 
-    def workspace(self, tiling: ManyTiling) -> int:
-        """Bytes for a part of each block, and its flags after them; 0 where nothing is joined."""
+    def parts(self, tiling: ManyTiling) -> Parts:
+        """What blocks leave for each other: sums of a tile, with a flag for each warpgroup, or nothing."""
         if tiling.form == "cluster" or not self.joins:
-            return 0
-        return self.blocks * (_ROW_BLOCKS * layout.ROWS * tiling.tokens * 4 + 2 * 8)
+            return Parts()
+        return Parts(self.blocks * _ROW_BLOCKS * layout.ROWS * tiling.tokens * 4, self.blocks * _ROW_BLOCKS)
 
 
 def fitting(tokens: int, form: str, group: int, limit: int) -> ManyTiling:
@@ -188,13 +186,13 @@ class Many:
         main: the kernel.
         tiling: how the product is cut.
         shares: who does what.
-        workspace: bytes of sums that blocks leave for others, and of flags.
+        parts: what blocks leave for each other.
     """
 
     main: CudaKernel
     tiling: ManyTiling
     shares: Shares
-    workspace: int
+    parts: Parts
 
 
 @functools.cache
@@ -224,7 +222,7 @@ def many(
         **_macros(tiling, group, dtype, bfloat16_scales),
     )
     shares = tiling.shares(row_blocks, columns, tokens, at.processors)
-    return Many(main, tiling, shares, shares.workspace(tiling))
+    return Many(main, tiling, shares, shares.parts(tiling))
 
 
 def _macros(tiling: ManyTiling, group: int, dtype: torch.dtype, bfloat16_scales: bool) -> dict[str, int]:
@@ -250,12 +248,12 @@ def describe(
     tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
     tiling = tile(row_blocks, columns, _launch_tokens(tokens), group, at.processors, at.shared_bytes)
     shares = tiling.shares(row_blocks, columns, tokens, at.processors)
-    workspace = shares.workspace(tiling)
+    left = shares.parts(tiling).nbytes
     return [
         Launch(
             "marlin_many.cu:many",
-            nbytes(rows, packed, bias) + workspace,
-            tokens * n * rows.itemsize + workspace,
+            nbytes(rows, packed, bias) + left,
+            tokens * n * rows.itemsize + left,
             grid=(shares.blocks,),
             block=(_THREADS,),
             shared=tiling.shared_bytes(group),
@@ -287,16 +285,15 @@ def multiply(
     row_blocks, columns = packed.shape[:2]
     whole = _launch_tokens(tokens)
     launch = many(tiling, row_blocks, columns, whole, group, rows.dtype, bfloat16_scales, rows.device)
-    blocks, size = launch.shares.blocks, launch.workspace
     out = rows.new_empty(tokens, n)
-    workspace = torch.empty(size, dtype=torch.uint8, device=rows.device)
+    parts = launch.parts.allocate(rows.device)
     launch.main.launch(
-        (blocks,),
+        (launch.shares.blocks,),
         (_THREADS,),
         (
             tensor_map(rows, launch.tiling.tokens, 64),
             *(out.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr()),
-            *(workspace.data_ptr(), workspace.data_ptr() + max(0, size - blocks * 2 * 8), _TAG),
+            *launch.parts.arguments(parts),
             *(tokens, n, row_blocks, columns, -(-tokens // launch.tiling.tokens), launch.shares.waves),
         ),
     )

@@ -45,7 +45,7 @@ class PairTiling:
         weights = layout.STRIPS * layout.strip_bytes(group)
         stage = self.tokens * 2 * layout.CHANNELS + -(-weights // 1024) * 1024
         half = layout.ROWS * self.tokens // 2 * 4
-        left = 3 * half + half // 2  # of sums that warpgroups and blocks pass on, and of what leaves in the end
+        left = 3 * half + half // 2  # sums that are passed on, and what leaves in the end
         return _BARRIERS + max(self.stages * stage, left)
 
 

@@ -26,15 +26,14 @@ __device__ __forceinline__ void store(const float* acc, u8* staged, u16* y, cons
   const int in = (lane >> 4) * 8 + (lane & 7);
   const u32 to = shared_address(staged) + in * 128 + ((warp * 2 + (lane >> 3 & 1)) ^ (in & 7)) * 16;
 #pragma unroll
-  for (int c = 0; c < COUNT / 8; ++c) {  // 16 tokens
-    const float* sums = acc + 8 * c;
-    u32 pairs[4];
+  for (int c = 0; c < COUNT; c += 8) {  // 16 tokens, or 8
+    u32 pairs[COUNT < 8 ? 2 : 4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < sizeof(pairs) / 4; ++i) {
       const float shift = i & 1 ? high : low;
-      pairs[i] = from_floats(sums[2 * i] + shift, sums[2 * i + 1] + shift);
+      pairs[i] = from_floats(acc[c + 2 * i] + shift, acc[c + 2 * i + 1] + shift);
     }
-    store_transposed(to + c * 2048, pairs);
+    store_transposed(to + c * 256, pairs);
   }
   hand_to_copies();  // which come once these sums are read
   warpgroup_barrier(group);

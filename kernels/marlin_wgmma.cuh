@@ -65,12 +65,12 @@ __device__ __forceinline__ void settle(float (&acc)[TOKENS / 2]) {
   for (int i = 0; i < TOKENS / 2; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
-// Of a warpgroup, the first or the second; and of the THREADS that multiply.
+// Of one of up to four warpgroups; and of the THREADS that multiply.
 __device__ __forceinline__ void warpgroup_barrier(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");
 }
 
 template <int THREADS>
 __device__ __forceinline__ void warpgroups_barrier() {
-  asm volatile("bar.sync 3, %0;" ::"n"(THREADS) : "memory");
+  asm volatile("bar.sync 5, %0;" ::"n"(THREADS) : "memory");
 }

@@ -5,13 +5,13 @@
 // STAGES stages that four threads fill: two copy weights in bulk, two activations through a tensor map, which swizzles
 // them. Two warpgroups have 64 rows each; a third, which those threads are of, leaves them its registers. With
 // ROW_BLOCKS 4 it is 256 rows and four warpgroups, and the threads copy weights, two of them activations too. SPLIT blocks
-// share the channels and leave their sums in `partials`, for marlin_join.cu. Macros: those of marlin_block.cuh,
-// TOKENS (32, 64 or 128), SPLIT, STAGES, ROW_BLOCKS (2 or 4).
+// with consecutive numbers share the channels; each of them adds up the sums of some of the tokens. Macros: those of
+// marlin_block.cuh, TOKENS (32, 64 or 128), SPLIT, STAGES, ROW_BLOCKS (2 or 4).
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
 #include "marlin_wgmma.cuh"
 #include "marlin_dequant.cuh"
-
+#include "marlin_sums.cuh"
 
 constexpr int BLOCKS = ROW_BLOCKS;  // of 64 rows, one for each warpgroup
 constexpr int ROWS = 64 * BLOCKS;
@@ -23,13 +23,57 @@ constexpr int COPIERS = 4;  // for the blocks of weights, and for the halves of 
 constexpr int X_COPIERS = BLOCKS == 2 ? 2 : 0;  // the first copier of activations
 // Registers of a thread that copies, and of one that multiplies: what the block was launched with, shared out anew.
 constexpr int FEW_REGISTERS = 40, REGISTERS = BLOCKS == 2 ? 232 : 104;
+constexpr int CHUNKS = TOKENS / 8;                        // of 8 tokens, for which a thread has four sums
+constexpr int OWNERS = SPLIT < CHUNKS ? SPLIT : CHUNKS;   // blocks that add up,
+constexpr int OWN = CHUNKS / OWNERS;                      // so many chunks each
 
 extern __shared__ __align__(1024) u8 shared[];
 
+#if SPLIT > 1
+// Gives the others the sums of their chunks, and adds up those of this block's, first to last: they come to lie in the
+// first of `acc`. All blocks of a tile are there at a time, or will be: they begin in the order of their numbers. A part
+// has a flag, which is raised to `tag`, a number of 63 random bits, and cleared by the one who waited for it.
+__device__ __forceinline__ void exchange(float (&acc)[TOKENS / 2], float4* partials, u64* flags, u64 tag, int tile,
+                                         int rank, int group) {
+  const int thread = threadIdx.x & 127;
+  // A part: [owner][who adds to it][warpgroup], then [chunk][thread].
+  const auto part = [=](int owner, int from) { return ((tile * OWNERS + owner) * SPLIT + from) * BLOCKS + group; };
+#pragma unroll
+  for (int owner = 0; owner < OWNERS; ++owner) {
+    if (owner == rank) continue;
+    float4* to = partials + long(part(owner, rank)) * OWN * 128 + thread;
+#pragma unroll
+    for (int c = 0; c < OWN; ++c) __stcg(to + c * 128, quad(acc, owner * OWN + c));
+  }
+  warpgroup_barrier(group);
+  if (thread < OWNERS && thread != rank) raise(flags + part(thread, rank), tag);
+  if (rank >= OWNERS) return;
+#pragma unroll
+  for (int owner = 1; owner < OWNERS; ++owner)
+#pragma unroll
+    for (int i = 0; i < 4 * OWN; ++i)
+      if (owner == rank) acc[i] = acc[owner * 4 * OWN + i];
+  if (thread < SPLIT && thread != rank) await(flags + part(rank, thread), tag);
+  warpgroup_barrier(group);
+  float sums[4 * OWN] = {};
+#pragma unroll
+  for (int from = 0; from < SPLIT; ++from) {
+    const float4* others = partials + long(part(rank, from)) * OWN * 128 + thread;
+#pragma unroll
+    for (int c = 0; c < OWN; ++c) {
+      const float4 other = from == rank ? quad(acc, c) : __ldcg(others + c * 128);
+      sums[4 * c] += other.x, sums[4 * c + 1] += other.y, sums[4 * c + 2] += other.z, sums[4 * c + 3] += other.w;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4 * OWN; ++i) acc[i] = sums[i];
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     wide(const __grid_constant__ TensorMap x_map, u16* __restrict__ y, const u8* __restrict__ packed,
-         const u16* __restrict__ bias, float* __restrict__ partials, int tokens, int n, int row_blocks, int k_blocks,
-         int token_tiles) {
+         const u16* __restrict__ bias, float4* partials, u64* flags, u64 tag, int tokens, int n, int row_blocks,
+         int k_blocks, int token_tiles) {
   const int rank = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
   const int token0 = tile % token_tiles * TOKENS, block0 = tile / token_tiles * BLOCKS;
   const int k0 = rank * k_blocks / SPLIT, steps = (rank + 1) * k_blocks / SPLIT - k0;
@@ -106,28 +150,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     }
     wait_for_products<0>();
 
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-    // Through shared memory, so that rows leave together.
-    constexpr int STRIDE = TOKENS + 2;
-    float* sums = reinterpret_cast<float*>(ring);
-#pragma unroll
-    for (int i = 0; i < TOKENS / 2; i += 2) {
-      const int row = group * 64 + warp * 16 + (i >> 1 & 1) * 8 + (lane >> 2);
-      *reinterpret_cast<float2*>(sums + row * STRIDE + i / 4 * 8 + (lane & 3) * 2) = make_float2(acc[i], acc[i + 1]);
-    }
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-    const int end = min(TOKENS, tokens - token0) * ROWS;
-#pragma unroll 4
-    for (int e = threadIdx.x; e < end; e += CONSUMERS) {
-      const int token = e / ROWS, row = block0 * 64 + e % ROWS;
-      const float sum = sums[e % ROWS * STRIDE + token];
-      if (row < n) {
+    settle(acc);
+    warpgroups_barrier<CONSUMERS>();  // the ring has served
 #if SPLIT > 1
-        partials[(long(rank) * tokens + token0 + token) * n + row] = sum;
-#else
-        y[long(token0 + token) * n + row] = from_float(bias ? sum + to_float(bias[row]) : sum);
+    exchange(acc, partials, flags, tag, tile, rank, group);
+    if (rank >= OWNERS) return;
 #endif
-      }
-    }
+    store<4 * OWN>(acc, ring + group * OWN * 1024, y, bias, (block0 + group) * 64, token0 + rank * OWN * 8, tokens, n,
+                   group);
   }
 }

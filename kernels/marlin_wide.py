@@ -14,12 +14,14 @@ from awqc.kernels.cuda_launch import CudaKernel, kernel, tensor_map
 from awqc.kernels.hardware import Hardware, hardware
 from awqc.kernels.launch import Launch, nbytes
 from awqc.kernels.machine_code import CudaCode
-from awqc.kernels.marlin_join import join, join_launch
+from awqc.kernels.marlin_parts import Parts
 
 #: Bytes at the start of a block's shared memory: for its alignment, and for its barriers.
 _BARRIERS = 2048
 #: Tokens of a tile, as the instruction has them.
 TILE_TOKENS = (32, 64, 128)
+#: Tokens whose sums a thread holds four of.
+_CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,20 @@ class WideTiling:
         return -(-row_blocks // self.row_blocks) * -(-tokens // self.tokens) * self.split
 
     def shared_bytes(self, group: int) -> int:
-        """Shared memory of a block: barriers and the ring, which becomes the sums."""
+        """Shared memory of a block: barriers and the ring, through which the tile leaves in the end."""
         weights = self.row_blocks * layout.STRIPS * layout.strip_bytes(group)
         stage = self.tokens * 2 * layout.CHANNELS + -(-weights // 1024) * 1024
-        sums = self.row_blocks * layout.ROWS * (self.tokens + 2) * 4
-        return _BARRIERS + max(self.stages * stage, sums)
+        return _BARRIERS + self.stages * stage
+
+    def parts(self, row_blocks: int, tokens: int) -> Parts:
+        """What blocks of the grid for ``row_blocks`` blocks of 64 rows leave for each other: sums of some of
+        the tokens for every block that adds up."""
+        if self.split == 1:
+            return Parts()
+        chunks = self.tokens // _CHUNK
+        owners = min(self.split, chunks)
+        flags = self.blocks(row_blocks, tokens) * owners * self.row_blocks
+        return Parts(flags * (chunks // owners) * _CHUNK * layout.ROWS * 4, flags)
 
 
 def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int, limit: int) -> WideTiling:
@@ -109,7 +120,7 @@ def wide(
     main = kernel(
         "marlin_wide.cu",
         "wide",
-        "128sPPPPiiiii",
+        "128sPPPPPqiiiii",
         device,
         shared=tiling.shared_bytes(group),
         dependent=True,
@@ -139,21 +150,22 @@ def _launch_tokens(tokens: int) -> int:
 def describe(
     at: Hardware, rows: Tensor, packed: Tensor, bias: Tensor | None, n: int, group: int, bfloat16_scales: bool
 ) -> list[Launch]:
-    """The launches of :func:`multiply`."""
+    """The launch of :func:`multiply`."""
     tokens, (row_blocks, columns) = rows.shape[0], packed.shape[:2]
     tiling = tile(row_blocks, columns, _launch_tokens(tokens), group, at.processors, at.shared_bytes)
-    joined = tiling.split > 1
-    main = Launch(
-        "marlin_wide.cu:wide",
-        nbytes(rows, packed, None if joined else bias),
-        tiling.split * tokens * n * 4 if joined else tokens * n * rows.itemsize,
-        grid=(tiling.blocks(row_blocks, tokens),),
-        block=(tiling.threads,),
-        shared=tiling.shared_bytes(group),
-        config=asdict(tiling),
-        code=CudaCode("marlin_wide.cu", "wide", _macros(tiling, group, rows.dtype, bfloat16_scales)),
-    )
-    return [main, join_launch(tiling.split, tokens, n, rows.dtype, bias)] if joined else [main]
+    left = tiling.parts(row_blocks, tokens).nbytes
+    return [
+        Launch(
+            "marlin_wide.cu:wide",
+            nbytes(rows, packed, bias) + left,
+            tokens * n * rows.itemsize + left,
+            grid=(tiling.blocks(row_blocks, tokens),),
+            block=(tiling.threads,),
+            shared=tiling.shared_bytes(group),
+            config=asdict(tiling),
+            code=CudaCode("marlin_wide.cu", "wide", _macros(tiling, group, rows.dtype, bfloat16_scales)),
+        )
+    ]
 
 
 def multiply(
@@ -172,19 +184,16 @@ def multiply(
     launch = wide(row_blocks, columns, whole, group, rows.dtype, bfloat16_scales, rows.device)
     tiling = launch.tiling
     out = rows.new_empty(tokens, n)
-    partials = None
-    if tiling.split > 1:
-        partials = torch.empty(tiling.split, tokens, n, dtype=torch.float32, device=rows.device)
+    parts = tiling.parts(row_blocks, tokens)
+    memory = parts.allocate(rows.device)
     launch.main.launch(
         (tiling.blocks(row_blocks, tokens),),
         (tiling.threads,),
         (
             tensor_map(rows, tiling.tokens, 64),
             *(out.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr()),
-            *(0 if partials is None else partials.data_ptr(), tokens, n),
-            *(row_blocks, columns, -(-tokens // tiling.tokens)),
+            *parts.arguments(memory),
+            *(tokens, n, row_blocks, columns, -(-tokens // tiling.tokens)),
         ),
     )
-    if partials is not None:
-        join(out, partials, bias)
     return out

@@ -110,7 +110,9 @@ def test_every_tiling_fits(tokens: int, form: str, group: int) -> None:
         if form != "whole":
             assert max(work) - min(work) <= 1 or tiles % shares.blocks == 0
         part = 128 * tokens * 4 + 16
-        assert shares.workspace(tiling) == (shares.blocks * part if shares.joins and form == "shared" else 0)
+        assert shares.parts(tiling).nbytes == (
+            shares.blocks * part if shares.joins and form == "shared" else 0
+        )
 
 
 @pytest.mark.parametrize(

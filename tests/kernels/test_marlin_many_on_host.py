@@ -41,9 +41,9 @@ def multiply_on_host(
     tokens = x.shape[0]
     row_blocks, columns = packed.shape[:2]
     shares = tiling.shares(row_blocks, columns, tokens, processors)
-    size = shares.workspace(tiling)
-    flags = Memory(kernels, torch.zeros(shares.blocks * 2, dtype=torch.int64))
-    partials = Memory(kernels, torch.full((max(0, size // 4 - shares.blocks * 4),), torch.nan))
+    parts = shares.parts(tiling)
+    flags = Memory(kernels, torch.zeros(parts.flags, dtype=torch.int64))
+    partials = Memory(kernels, torch.full((parts.sums // 4,), torch.nan))
     out = Memory(kernels, torch.full((tokens, n), torch.nan, dtype=x.dtype))
     kept = [Memory(kernels, tensor) for tensor in (x, packed, bias)]
     kernels.run_many(

@@ -72,7 +72,7 @@ def test_how_products_are_cut(rows: int, columns: int, tokens: int, expected: tu
 def test_more_rows_change_no_bit(
     n: int, k: int, m: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sums are those of a launch that joins partial ones, which adds the same two numbers."""
+    """Whoever adds the two parts of a sum: they are the same two numbers."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs compute capability 9.0")
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
