@@ -3,11 +3,11 @@
 // A tile is 128 rows and TOKENS tokens. Two warpgroups have 64 rows each, dequantize them in registers and multiply; a
 // third copies, through a ring of STAGES stages of 128 channels, and runs ahead into the next tile while the sums of
 // this one leave through its last stage. Which steps of which tiles a block has, says marlin_share.cuh. Of a tile that
-// several share, all but the first leave their sums in `partials` and raise a flag; the first, which comes to it last,
-// adds them in their order. A raised flag is `tag`, a number of 63 random bits, so nothing has to be cleared before; who
-// waited for it clears it. Blocks that are waited for have smaller numbers, and so begin earlier. With CLUSTER blocks
-// are two to a tile and a cluster, and each adds up half of the tokens in shared memory. Macros: those of
-// marlin_block.cuh, TOKENS (128 or 256), STAGES, CLUSTER.
+// several share, all but the first leave their sums in `partials` and raise flags; the first, which comes to it last,
+// adds them in their order, copied through its ring. A raised flag is `tag`, a number of 63 random bits, so nothing has
+// to be cleared before; who waited for it clears it. Blocks that are waited for have smaller numbers, and so begin
+// earlier. With CLUSTER blocks are two to a tile and a cluster, and each adds up half of the tokens in shared memory.
+// Macros: those of marlin_block.cuh, TOKENS (128 or 256), STAGES, CLUSTER.
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
 #include "marlin_share.cuh"
@@ -91,6 +91,22 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         }
         if (++slot == STAGES) slot = 0, parity ^= 1;
       }
+      if (piece.begin > 0 || piece.end == k_blocks) continue;
+      for (int other = own_share; (other = shares.after(other, piece.tile));) {
+        if (copier >= 2) {
+          for (int group = 0; group < 2; ++group) await(flags + other * 4 + half * 2 + group, tag);
+          hand_on_to_copies();
+        }
+        for (int part = 0; part < 2; ++part) {
+          const u32 barrier = full + 16 * slot + (copier == 3 ? 8 : 0);
+          wait(empty + 8 * slot, parity);
+          expect(barrier, copier < 2 ? 0 : X_HALF);
+          if (copier >= 2)
+            copy_bulk(base + slot * STAGE_BYTES + half * X_HALF,
+                      reinterpret_cast<const u8*>(partials) + (long(other) * 4 + part * 2 + half) * X_HALF, X_HALF, barrier);
+          if (++slot == STAGES) slot = 0, parity ^= 1;
+        }
+      }
     }
     return;
   }
@@ -159,24 +175,28 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     u8* staged = ring + SUMS / 2 * CONSUMERS * 4 + group * X_HALF / 2;
     store<SUMS / 2>(acc, staged, y, bias, row0, token0 + rank * TOKENS / 2, tokens, n, group);
 #else
-    // A part: [quad][thread].
-    float4* parts = partials + threadIdx.x;
-    constexpr int PART = SUMS / 4 * CONSUMERS;
     if (piece.begin > 0) {
       arrive_if(lane == 0, empty + 8 * before);
+      float4* to = partials + long(own_share) * (SUMS / 4 * CONSUMERS) + threadIdx.x;  // [block][quad][thread]
 #pragma unroll
-      for (int q = 0; q < SUMS / 4; ++q) __stcg(parts + long(own_share) * PART + q * CONSUMERS, quad(acc, q));
+      for (int q = 0; q < SUMS / 4; ++q) __stcg(to + q * CONSUMERS, quad(acc, q));
+      hand_on_to_copies();
       warpgroup_barrier(group);
-      if ((threadIdx.x & 127) == 0) raise(flags + own_share * 2 + group, tag);
+      if ((threadIdx.x & 127) < 2) raise(flags + own_share * 4 + (threadIdx.x & 127) * 2 + group, tag);
       continue;
     }
     if (piece.end < k_blocks) {
-      const int end = (piece.tile - waves * shares.blocks + 1) * k_blocks;
-      for (int other = own_share + 1; other < shares.blocks && shares.first(other) < end; ++other) {
-        if (shares.first(other) == shares.first(other + 1)) continue;
-        if ((threadIdx.x & 127) == 0) await(flags + other * 2 + group, tag);
-        warpgroup_barrier(group);
-        add<SUMS>(acc, parts + long(other) * PART, CONSUMERS);
+      for (int other = own_share; (other = shares.after(other, piece.tile));) {
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          arrive_if(lane == 0, empty + 8 * before);
+          wait(full + 16 * slot, parity);
+          wait(full + 16 * slot + 8, parity);
+          add<SUMS / 2>(acc + part * SUMS / 2, reinterpret_cast<const float4*>(ring + at) + threadIdx.x, CONSUMERS);
+          before = slot;
+          at += STAGE_BYTES;
+          if (++slot == STAGES) slot = 0, at = 0, parity ^= 1;
+        }
       }
     }
     warpgroups_barrier<CONSUMERS>();  // the last stage has served both

@@ -22,6 +22,8 @@ from awqc.kernels.marlin_parts import Parts
 _THREADS = 384
 #: Blocks of 64 rows of a tile.
 _ROW_BLOCKS = 2
+#: Flags of a block: for both threads that copy its sums, from both warpgroups that leave them.
+_FLAGS = 4
 #: Tokens of a tile.
 TILE_TOKENS = (128, 256)
 #: Bytes for the alignment of a block's shared memory.
@@ -126,10 +128,10 @@ class Shares:
         return self.left > 0 and any(self.first(block) % self.steps for block in range(self.blocks))
 
     def parts(self, tiling: ManyTiling) -> Parts:
-        """What blocks leave for each other: sums of a tile, with a flag for each warpgroup, or nothing."""
+        """What blocks leave for each other: sums of a tile each, if any, and flags."""
         if tiling.form == "cluster" or not self.joins:
             return Parts()
-        return Parts(self.blocks * _ROW_BLOCKS * layout.ROWS * tiling.tokens * 4, self.blocks * _ROW_BLOCKS)
+        return Parts(self.blocks * _ROW_BLOCKS * layout.ROWS * tiling.tokens * 4, self.blocks * _FLAGS)
 
 
 def fitting(tokens: int, form: str, group: int, limit: int) -> ManyTiling:
@@ -163,19 +165,23 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
 
 
 def _cost(tiling: ManyTiling, row_blocks: int, columns: int, tokens: int, processors: int) -> float:
-    """How many microseconds it takes, fitted to what an H200 took under load (docs/kernels.md)."""
+    """How many clocks of a processor it takes, of what was read there on an H200 (docs/kernels.md, 39)."""
     tiles = tiling.tiles(row_blocks, tokens)
-    step, join = (1.5, 3.5) if tiling.tokens == 256 else (0.9, 1.75)
+    # A step of 128 channels, what a tile takes to leave, and to be joined with another block's through memory.
+    step, store, join = (2050, 4400, 8500) if tiling.tokens == 256 else (1140, 1900, 4200)
     if tiling.form == "whole":
-        return -(-tiles // processors) * (step * columns + 1.5) + 1.5
+        return -(-tiles // processors) * (step * columns + store)
     if tiling.form == "cluster":
-        return step * -(-columns // 2) + 2.5 + join
+        exchange = store // 2 + (5900 if tiling.tokens == 256 else 3900)
+        return step * -(-columns // 2) + exchange
     if 2 * tiles <= processors:
         parts = min(processors // tiles, columns)
-        return step * -(-columns // parts) + join * (parts - 1) + 3
-    if tiles >= 2 * processors and row_blocks * columns > _CACHED_BLOCKS:
-        step *= 1.2  # blocks that are at different channels read from memory what others have read
-    return step * tiles * columns / processors + join * 2.5 + 3
+        return step * -(-columns // parts) + join * (parts - 1) + store
+    waves = max(0, tiles // processors - 1)
+    left = (tiles - waves * processors) / processors
+    # Blocks that are at different channels read at different times, and from memory what the cache cannot hold.
+    apart = 1.08 if row_blocks * columns <= _CACHED_BLOCKS else 1.3
+    return waves * (step * columns + store) + apart * left * step * columns + join + 2 * store
 
 
 @dataclass(frozen=True)

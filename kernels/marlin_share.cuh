@@ -14,6 +14,14 @@ struct Shares {
     const int left = tiles - waves * blocks;
     return left > 0 ? int(u32(block) * u32(left) * u32(steps) / u32(blocks)) : 0;
   }
+
+  // The next block after `block`, which has steps of `tile` too, that has some, or 0 if there is none.
+  __device__ __forceinline__ int after(int block, int tile) const {
+    const int end = (tile - waves * blocks + 1) * steps;
+    do ++block;
+    while (block < blocks && first(block) < end && first(block) == first(block + 1));
+    return block < blocks && first(block) < end ? block : 0;
+  }
 };
 
 struct Walk {

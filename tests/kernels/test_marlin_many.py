@@ -109,7 +109,7 @@ def test_every_tiling_fits(tokens: int, form: str, group: int) -> None:
         assert sum(work) == tiles * columns
         if form != "whole":
             assert max(work) - min(work) <= 1 or tiles % shares.blocks == 0
-        part = 128 * tokens * 4 + 16
+        part = 128 * tokens * 4 + 32
         assert shares.parts(tiling).nbytes == (
             shares.blocks * part if shares.joins and form == "shared" else 0
         )
