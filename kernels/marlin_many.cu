@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         }
         if (++slot == STAGES) slot = 0, parity ^= 1;
       }
-      if (piece.begin > 0 || piece.end == k_blocks) continue;
+      if (CLUSTER || piece.begin > 0 || piece.end == k_blocks) continue;
       for (int other = own_share; (other = shares.after(other, piece.tile));) {
         if (copier >= 2) {
           for (int group = 0; group < 2; ++group) await(flags + other * 4 + half * 2 + group, tag);

@@ -25,7 +25,7 @@ _ROW_BLOCKS = 2
 #: Flags of a block: for both threads that copy its sums, from both warpgroups that leave them.
 _FLAGS = 4
 #: Tokens of a tile.
-TILE_TOKENS = (128, 256)
+TILE_TOKENS = (32, 64, 128, 256)
 #: Bytes for the alignment of a block's shared memory.
 _ALIGNMENT = 1024
 #: Blocks of a weight that the L2 cache holds.
@@ -140,12 +140,22 @@ def fitting(tokens: int, form: str, group: int, limit: int) -> ManyTiling:
     return next(tiling for tiling in tilings if tiling.shared_bytes(group) <= limit)
 
 
-def takes(row_blocks: int, tokens: int, processors: int) -> bool:
-    """Whether this kernel is the one for a weight of ``row_blocks`` blocks of 64 rows and ``tokens`` tokens:
-    beyond 128 of them, and from 65 on where its blocks, one or two to a tile, are most of the processors."""
-    tiles = -(-row_blocks // _ROW_BLOCKS)
-    fills = any(3 * processors <= 4 * blocks <= 4 * processors for blocks in (tiles, 2 * tiles))
-    return tokens > TILE_TOKENS[0] or (2 * tokens > TILE_TOKENS[0] and fills)
+def takes(row_blocks: int, columns: int, tokens: int, processors: int) -> bool:
+    """Whether this kernel is the one for a weight of ``row_blocks`` by ``columns`` blocks and ``tokens`` tokens:
+    beyond 128 of them, and below where sharing the last of several rounds of tiles saves time."""
+    if tokens > 128:
+        return True
+    if -(-row_blocks // _ROW_BLOCKS) <= processors:
+        return False
+    whole, shared = (ManyTiling(_tile_tokens(tokens)[0], 2, form) for form in ("whole", "shared"))
+    return _cost(shared, row_blocks, columns, tokens, processors) < _cost(
+        whole, row_blocks, columns, tokens, processors
+    )
+
+
+def _tile_tokens(tokens: int) -> tuple[int, ...]:
+    """The sizes of tiles that may be best for ``tokens`` tokens: the one that has them all, or the largest two."""
+    return next(((size,) for size in TILE_TOKENS if tokens <= size <= 128), TILE_TOKENS[-2:])
 
 
 def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int, limit: int) -> ManyTiling:
@@ -157,31 +167,56 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
     """
     tilings = [
         tiling
-        for size, form in product(reversed(TILE_TOKENS), ("whole", "cluster", "shared"))
+        for size, form in product(reversed(_tile_tokens(tokens)), ("whole", "cluster", "shared"))
         if (tiling := fitting(size, form, group, limit)).form != "cluster"
         or 2 * tiling.tiles(row_blocks, tokens) <= processors
     ]
     return min(tilings, key=lambda t: _cost(t, row_blocks, columns, tokens, processors))
 
 
+@dataclass(frozen=True)
+class _Clocks:
+    """What things take for tiles of one size, in clocks of a processor of an H200 (docs/kernels.md, 39).
+
+    Args:
+        step: 128 channels.
+        store: what a tile takes to leave.
+        exchange: of half of the sums in a cluster.
+        join: of all sums with those of a block that ends at the same time.
+        late: with those of a block that ended before, and to leave sums for another one.
+    """
+
+    step: int
+    store: int
+    exchange: int
+    join: int
+    late: int
+
+
+_CLOCKS = {
+    32: _Clocks(680, 800, 2000, 2500, 2000),
+    64: _Clocks(850, 1000, 2500, 3000, 3000),
+    128: _Clocks(1140, 1900, 3900, 4200, 5000),
+    256: _Clocks(2050, 4400, 5900, 8500, 9500),
+}
+
+
 def _cost(tiling: ManyTiling, row_blocks: int, columns: int, tokens: int, processors: int) -> float:
-    """How many clocks of a processor it takes, of what was read there on an H200 (docs/kernels.md, 39)."""
-    tiles = tiling.tiles(row_blocks, tokens)
-    # A step of 128 channels, what a tile takes to leave, and to be joined with another block's through memory.
-    step, store, join = (2050, 4400, 8500) if tiling.tokens == 256 else (1140, 1900, 4200)
+    """Clocks of a processor."""
+    tiles, of = tiling.tiles(row_blocks, tokens), _CLOCKS[tiling.tokens]
+    whole = of.step * columns + of.store
     if tiling.form == "whole":
-        return -(-tiles // processors) * (step * columns + store)
+        return -(-tiles // processors) * whole
     if tiling.form == "cluster":
-        exchange = store // 2 + (5900 if tiling.tokens == 256 else 3900)
-        return step * -(-columns // 2) + exchange
+        return of.step * -(-columns // 2) + of.exchange + of.store / 2
     if 2 * tiles <= processors:
         parts = min(processors // tiles, columns)
-        return step * -(-columns // parts) + join * (parts - 1) + store
+        return of.step * -(-columns // parts) + of.join * (parts - 1) + of.store
     waves = max(0, tiles // processors - 1)
     left = (tiles - waves * processors) / processors
     # Blocks that are at different channels read at different times, and from memory what the cache cannot hold.
-    apart = 1.08 if row_blocks * columns <= _CACHED_BLOCKS else 1.3
-    return waves * (step * columns + store) + apart * left * step * columns + join + 2 * store
+    apart = 1.04 if row_blocks * columns <= _CACHED_BLOCKS else 1.3
+    return waves * whole + apart * left * of.step * columns + of.late + of.store
 
 
 @dataclass(frozen=True)
@@ -244,7 +279,8 @@ def _macros(tiling: ManyTiling, group: int, dtype: torch.dtype, bfloat16_scales:
 
 def _launch_tokens(tokens: int) -> int:
     """The tokens that a launch is made for: it changes with tiles of tokens only."""
-    return -(-tokens // TILE_TOKENS[0]) * TILE_TOKENS[0]
+    size = _tile_tokens(tokens)[0]
+    return -(-tokens // size) * size
 
 
 def describe(

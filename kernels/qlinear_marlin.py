@@ -64,7 +64,7 @@ def qlinear_marlin(
         if tiling is not None:
             out = marlin_pair.multiply(tiling, *arguments)
         else:
-            many = marlin_many.takes(row_blocks, tokens, hardware(x.device).processors)
+            many = marlin_many.takes(row_blocks, columns, tokens, hardware(x.device).processors)
             out = (marlin_many if many else marlin_wide).multiply(*arguments)
     else:
         weight = dequantize(packed, out_features, x.shape[-1], group, bfloat16_scales, rows.dtype)
@@ -104,7 +104,7 @@ def describe(
         tiling = marlin_pair.tile(row_blocks, columns, tokens, group, at.processors, at.shared_bytes)
         if tiling is not None:
             return marlin_pair.describe(tiling, *arguments)
-        many = marlin_many.takes(row_blocks, tokens, at.processors)
+        many = marlin_many.takes(row_blocks, columns, tokens, at.processors)
         return (marlin_many if many else marlin_wide).describe(at, *arguments)
     dense = out_features * rows.shape[1] * rows.itemsize
     written = Launch(

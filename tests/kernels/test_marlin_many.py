@@ -122,13 +122,15 @@ def test_every_tiling_fits(tokens: int, form: str, group: int) -> None:
         (224, 32, 256, (256, "whole")),
         (64, 112, 256, (128, "cluster")),
         (128, 224, 256, (256, "cluster")),
-        (64, 32, 512, (256, "cluster")),
+        (64, 32, 512, (128, "whole")),
         (224, 32, 512, (256, "shared")),
         (64, 112, 512, (256, "cluster")),
-        (128, 224, 512, (256, "shared")),
+        (128, 224, 512, (256, "whole")),
         (64, 32, 2048, (256, "whole")),
         (224, 32, 2048, (256, "shared")),
-        (64, 112, 2048, (256, "shared")),
+        (64, 32, 1536, (256, "shared")),
+        (64, 112, 1024, (256, "whole")),
+        (64, 112, 2048, (256, "whole")),
         (128, 224, 2048, (256, "whole")),
         (64, 1, 256, (128, "whole")),  # nothing to share
     ],
@@ -207,14 +209,15 @@ def assert_near(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
 @pytest.mark.parametrize(
     ("rows", "tokens", "taken"),
     [
-        (224, 64, False),
-        (224, 65, True),
-        (128, 128, True),
         (64, 128, False),
         (64, 129, True),
-        (300, 128, False),
+        (224, 128, False),
+        (296, 128, True),  # 148 tiles
+        (296, 20, True),
+        (448, 128, False),  # 224 tiles of a weight that the cache does not hold
+        (2112, 64, False),  # 1056 tiles: eight rounds
     ],
 )
 def test_where_it_is_the_kernel_to_take(rows: int, tokens: int, taken: bool) -> None:
-    """Up to 128 tokens where one or two blocks to a tile of 128 rows are most of 132 processors."""
-    assert takes(rows, tokens, 132) == taken
+    """Up to 128 tokens where most of 132 processors would wait for the last tiles."""
+    assert takes(rows, 32, tokens, 132) == taken
