@@ -1,9 +1,23 @@
-// What the wgmma kernels share, on top of marlin_wgmma.cuh: the descriptor of swizzled activations, weights dequantized
-// into the registers of the first operand, and their products.
+// What the wgmma kernels share, on top of marlin_wgmma.cuh: where in its ring a thread is, the descriptor of swizzled
+// activations, weights dequantized into the registers of the first operand, and their products.
 constexpr int SET = 4;             // steps of 16 channels that are loaded together: half a stage
 constexpr int EACH = 2;            // steps of a part, which is dequantized while the part before it is multiplied
 constexpr int PARTS = SET / EACH;  // of a set
 constexpr int SET_GROUPS = GROUP == 32 ? 2 : 1;
+
+// A stage of a ring of COUNT, BYTES apart. Who waits for stages to be full begins with parity 0; who waits for them to
+// be empty with 1, since the first round is.
+template <int COUNT, int BYTES>
+struct RingStage {
+  u32 parity;
+  int slot = 0;
+  u32 at = 0;  // how far it is from the first
+
+  __device__ __forceinline__ void advance() {
+    at += BYTES;
+    if (++slot == COUNT) slot = 0, at = 0, parity ^= 1;
+  }
+};
 
 // Matrix descriptor of activations at `address`: rows of 128 bytes, swizzled by 128 bytes, groups of 8 rows 1024 apart.
 __device__ __forceinline__ u64 descriptor(u32 address) { return u64(64 | 1 << 30) << 32 | (address >> 4 | 1 << 16); }
@@ -81,4 +95,26 @@ __device__ __forceinline__ void multiply_part(float (&acc)[TOKENS / 2], const u3
 #pragma unroll
   for (int i = 0; i < EACH; ++i) wgmma(acc, a[i], b + (part * EACH + i) * 2, add || i);
   commit_products();
+}
+
+// A stage of 128 channels: its products are begun, those of the last part may still be under way. A part is dequantized
+// while the one before it is multiplied. `packs` are the stage's first half, and in the end the next one's.
+//
+// `before_done` is called when all products of stages before are done, `halfway` before products of the second half, and
+// `load_next` for what the next stage begins with.
+template <class BeforeDone, class Halfway, class LoadNext>
+__device__ __forceinline__ void multiply_stage(float (&acc)[TOKENS / 2], u32 (&a)[2][EACH][4], Packed (&packs)[2],
+                                               const Own& own, u32 at, u64 x, int add, const BeforeDone& before_done,
+                                               const Halfway& halfway, const LoadNext& load_next) {
+#pragma unroll
+  for (int part = 0; part < 2 * PARTS; ++part) {
+    const int half = part / PARTS;
+    packs[half].dequantize(a[part % 2], part % PARTS);
+    if (part == 0) packs[1].load_second(own, at, packs[0]);
+    if (part == PARTS) halfway();
+    multiply_part(acc, a[part % 2], x + half * (TOKENS * 128 >> 4), part % PARTS, add || part);
+    if (part == PARTS) load_next(packs[0]);
+    wait_for_products<1>();  // the part before this one is done with its registers
+    if (part == 0) before_done();
+  }
 }

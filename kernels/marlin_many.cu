@@ -68,8 +68,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     if (!elected()) return;
     if (copier >= 2) wait_for_previous();
     Walk walk(shares, own_share);
-    int slot = 0;
-    u32 parity = 1;  // the first round of stages is free
+    RingStage<STAGES, STAGE_BYTES> stage{1};
     for (int i = 0; i < walk.pieces; ++i) {
       const Piece piece = walk.piece(i);
       int block, token0;
@@ -77,19 +76,17 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       block += half;
       const u32 weight_bytes = block < row_blocks ? BLOCK_BYTES : 0;
       const u8* from = packed + long(block) * k_blocks * BLOCK_BYTES;
-      for (int step = piece.begin; step < piece.end; ++step) {
-        const u32 barrier = full + 16 * slot + (copier == 3 ? 8 : 0);
-        wait(empty + 8 * slot, parity);
+      for (int step = piece.begin; step < piece.end; ++step, stage.advance()) {
+        const u32 barrier = full + 16 * stage.slot + (copier == 3 ? 8 : 0), to = base + stage.at;
+        wait(empty + 8 * stage.slot, stage.parity);
         if (copier < 2) {
           expect(barrier, weight_bytes);
           if (weight_bytes)
-            copy_bulk(base + slot * STAGE_BYTES + 2 * X_HALF + half * BLOCK_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES,
-                      barrier);
+            copy_bulk(to + 2 * X_HALF + half * BLOCK_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES, barrier);
         } else {
           expect(barrier, X_HALF);
-          copy_tensor(base + slot * STAGE_BYTES + half * X_HALF, &x_map, step * 128 + half * 64, token0, barrier);
+          copy_tensor(to + half * X_HALF, &x_map, step * 128 + half * 64, token0, barrier);
         }
-        if (++slot == STAGES) slot = 0, parity ^= 1;
       }
       if (CLUSTER || piece.begin > 0 || piece.end == k_blocks) continue;
       for (int other = own_share; (other = shares.after(other, piece.tile));) {
@@ -97,14 +94,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
           for (int group = 0; group < 2; ++group) await(flags + other * 4 + half * 2 + group, tag);
           hand_on_to_copies();
         }
-        for (int part = 0; part < 2; ++part) {
-          const u32 barrier = full + 16 * slot + (copier == 3 ? 8 : 0);
-          wait(empty + 8 * slot, parity);
+        for (int part = 0; part < 2; ++part, stage.advance()) {
+          const u32 barrier = full + 16 * stage.slot + (copier == 3 ? 8 : 0);
+          wait(empty + 8 * stage.slot, stage.parity);
           expect(barrier, copier < 2 ? 0 : X_HALF);
-          if (copier >= 2)
-            copy_bulk(base + slot * STAGE_BYTES + half * X_HALF,
-                      reinterpret_cast<const u8*>(partials) + (long(other) * 4 + part * 2 + half) * X_HALF, X_HALF, barrier);
-          if (++slot == STAGES) slot = 0, parity ^= 1;
+          const u8* sums = reinterpret_cast<const u8*>(partials) + (long(other) * 4 + part * 2 + half) * X_HALF;
+          if (copier >= 2) copy_bulk(base + stage.at + half * X_HALF, sums, X_HALF, barrier);
         }
       }
     }
@@ -121,38 +116,29 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   const Walk walk(shares, own_share);
   // Where the compiler knows that all threads take as many turns, it keeps what is the same for all in shared registers.
   const int pieces = uniform(walk.pieces);
-  int slot = 0;
-  u32 parity = 0, at = 0;  // of the stage, and how far it is from the first
+  RingStage<STAGES, STAGE_BYTES> stage{0};
 #pragma unroll 1
   for (int i = 0; i < pieces; ++i) {
     const Piece piece = walk.piece(i);
     const int steps = uniform(piece.end - piece.begin);
-    int before = slot;
-    wait(full + 16 * slot, parity);
-    packs[0].load(own, at, 0);
+    int before = stage.slot;
+    wait(full + 16 * stage.slot, stage.parity);
+    packs[0].load(own, stage.at, 0);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const u64 x = descriptor(base + at), own_at = at;
-      const u32 second = full + 16 * slot + 8, second_parity = parity;
+      const auto own_stage = stage;
       const int done = before;
-      before = slot;
-      at += STAGE_BYTES;
-      if (++slot == STAGES) slot = 0, at = 0, parity ^= 1;
-#pragma unroll
-      for (int part = 0; part < 2 * PARTS; ++part) {
-        const int half = part / PARTS;
-        packs[half].dequantize(a[part % 2], part % PARTS);
-        if (part == PARTS) wait(second, second_parity);
-        multiply_part(acc, a[part % 2], x + half * (X_HALF >> 4), part % PARTS, step || part);
-        if (part == 0) packs[1].load_second(own, own_at, packs[0]);
-        if (part == PARTS && step + 1 < steps) {
-          wait(full + 16 * slot, parity);
-          packs[0].load(own, at, 0);
-        }
-        // The part before this one is done with its registers, and after a stage's first the stage before is free.
-        wait_for_products<1>();
-        if (part == 0) arrive_if(step && lane == 0, empty + 8 * done);
-      }
+      before = stage.slot;
+      stage.advance();
+      multiply_stage(
+          acc, a, packs, own, own_stage.at, descriptor(base + own_stage.at), step,
+          [&] { arrive_if(step && lane == 0, empty + 8 * done); },
+          [&] { wait(full + 16 * own_stage.slot + 8, own_stage.parity); },
+          [&](Packed& pack) {
+            if (step + 1 == steps) return;
+            wait(full + 16 * stage.slot, stage.parity);
+            pack.load(own, stage.at, 0);
+          });
     }
     wait_for_products<0>();
     settle(acc);
@@ -190,12 +176,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           arrive_if(lane == 0, empty + 8 * before);
-          wait(full + 16 * slot, parity);
-          wait(full + 16 * slot + 8, parity);
-          add<SUMS / 2>(acc + part * SUMS / 2, reinterpret_cast<const float4*>(ring + at) + threadIdx.x, CONSUMERS);
-          before = slot;
-          at += STAGE_BYTES;
-          if (++slot == STAGES) slot = 0, at = 0, parity ^= 1;
+          wait(full + 16 * stage.slot, stage.parity);
+          wait(full + 16 * stage.slot + 8, stage.parity);
+          const float4* sums = reinterpret_cast<const float4*>(ring + stage.at) + threadIdx.x;
+          add<SUMS / 2>(acc + part * SUMS / 2, sums, CONSUMERS);
+          before = stage.slot;
+          stage.advance();
         }
       }
     }

@@ -141,8 +141,8 @@ def fitting(tokens: int, form: str, group: int, limit: int) -> ManyTiling:
 
 
 def takes(row_blocks: int, columns: int, tokens: int, processors: int) -> bool:
-    """Whether this kernel is the one for a weight of ``row_blocks`` by ``columns`` blocks and ``tokens`` tokens:
-    beyond 128 of them, and below where sharing the last of several rounds of tiles saves time."""
+    """Whether this kernel is the one for a weight of ``row_blocks`` by ``columns`` blocks and ``tokens``
+    tokens: beyond 128 of them, and below where sharing the last of several rounds of tiles saves time."""
     if tokens > 128:
         return True
     if -(-row_blocks // _ROW_BLOCKS) <= processors:
@@ -154,7 +154,7 @@ def takes(row_blocks: int, columns: int, tokens: int, processors: int) -> bool:
 
 
 def _tile_tokens(tokens: int) -> tuple[int, ...]:
-    """The sizes of tiles that may be best for ``tokens`` tokens: the one that has them all, or the largest two."""
+    """Tiles that may be best for ``tokens`` tokens: the smallest that has them all, or the largest two."""
     return next(((size,) for size in TILE_TOKENS if tokens <= size <= 128), TILE_TOKENS[-2:])
 
 
@@ -214,7 +214,7 @@ def _cost(tiling: ManyTiling, row_blocks: int, columns: int, tokens: int, proces
         return of.step * -(-columns // parts) + of.join * (parts - 1) + of.store
     waves = max(0, tiles // processors - 1)
     left = (tiles - waves * processors) / processors
-    # Blocks that are at different channels read at different times, and from memory what the cache cannot hold.
+    # Blocks at different channels read at different times, and from memory what the cache does not hold.
     apart = 1.04 if row_blocks * columns <= _CACHED_BLOCKS else 1.3
     return waves * whole + apart * left * of.step * columns + of.late + of.store
 

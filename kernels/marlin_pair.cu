@@ -46,17 +46,15 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     const u32 to = shared_address(ring) + (copier ? (copier - 1) * X_HALF : 2 * X_HALF);
     const u8* from = packed + (long(block) * k_blocks + k0) * BLOCK_BYTES;
     if (copier) wait_for_previous();
-    int slot = 0;
-    u32 parity = 1;  // the first round of stages is free
-    for (int step = 0; step < steps; ++step) {
-      const u32 barrier = full + 8 * slot;
-      wait(empty + 8 * slot, parity);
+    RingStage<STAGES, STAGE_BYTES> stage{1};
+    for (int step = 0; step < steps; ++step, stage.advance()) {
+      const u32 barrier = full + 8 * stage.slot;
+      wait(empty + 8 * stage.slot, stage.parity);
       expect(barrier, bytes);
       if (copier)
-        copy_tensor(to + slot * STAGE_BYTES, &x_map, (k0 + step) * 128 + (copier - 1) * 64, token0, barrier);
+        copy_tensor(to + stage.at, &x_map, (k0 + step) * 128 + (copier - 1) * 64, token0, barrier);
       else
-        copy_bulk(to + slot * STAGE_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES, barrier);
-      if (++slot == STAGES) slot = 0, parity ^= 1;
+        copy_bulk(to + stage.at, from + long(step) * BLOCK_BYTES, BLOCK_BYTES, barrier);
     }
   } else {
     take_registers<232>();  // what the block was launched with, less those 40
@@ -66,24 +64,23 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     float acc[TOKENS / 2];
     u32 a[2][EACH][4];
     Packed pack;
-    int slot = 0, before = 0;
-    u32 parity = 0, at = 0;  // of the stage, and how far it is from the first
+    RingStage<STAGES, STAGE_BYTES> stage{0};
+    int before = 0;
     wait(full, 0);
     pack.load(own, 0, half);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const u64 x = descriptor(base + 1024 + half * X_HALF + at);
+      const u64 x = descriptor(base + 1024 + half * X_HALF + stage.at);
       const int done = before;
-      before = slot;
-      at += STAGE_BYTES;
-      if (++slot == STAGES) slot = 0, at = 0, parity ^= 1;
+      before = stage.slot;
+      stage.advance();
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
         pack.dequantize(a[part % 2], part);
         multiply_part(acc, a[part % 2], x, part, step || part);
         if (part == PARTS - 1 && step + 1 < steps) {
-          wait(full + 8 * slot, parity);
-          pack.load(own, at, half);
+          wait(full + 8 * stage.slot, stage.parity);
+          pack.load(own, stage.at, half);
         }
         // The part before this one is done with its registers, and after a stage's first the stage before is free.
         wait_for_products<1>();

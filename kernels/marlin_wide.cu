@@ -23,16 +23,16 @@ constexpr int COPIERS = 4;  // for the blocks of weights, and for the halves of 
 constexpr int X_COPIERS = BLOCKS == 2 ? 2 : 0;  // the first copier of activations
 // Registers of a thread that copies, and of one that multiplies: what the block was launched with, shared out anew.
 constexpr int FEW_REGISTERS = 40, REGISTERS = BLOCKS == 2 ? 232 : 104;
-constexpr int CHUNKS = TOKENS / 8;                        // of 8 tokens, for which a thread has four sums
-constexpr int OWNERS = SPLIT < CHUNKS ? SPLIT : CHUNKS;   // blocks that add up,
-constexpr int OWN = CHUNKS / OWNERS;                      // so many chunks each
+constexpr int CHUNKS = TOKENS / 8;                       // of 8 tokens, for which a thread has four sums
+constexpr int OWNERS = SPLIT < CHUNKS ? SPLIT : CHUNKS;  // blocks that add up,
+constexpr int OWN = CHUNKS / OWNERS;                     // so many chunks each
 
 extern __shared__ __align__(1024) u8 shared[];
 
 #if SPLIT > 1
-// Gives the others the sums of their chunks, and adds up those of this block's, first to last: they come to lie in the
-// first of `acc`. All blocks of a tile are there at a time, or will be: they begin in the order of their numbers. A part
-// has a flag, which is raised to `tag`, a number of 63 random bits, and cleared by the one who waited for it.
+// Gives the other blocks of a tile the sums of their chunks, and adds up those of this block's, first to last: they come
+// to lie in the first of `acc`. All are there, or will be while those that are wait: blocks begin in the order of their
+// numbers. A part has a flag, which is raised to `tag`, a number of 63 random bits, and cleared by who waited for it.
 __device__ __forceinline__ void exchange(float (&acc)[TOKENS / 2], float4* partials, u64* flags, u64 tag, int tile,
                                          int rank, int group) {
   const int thread = threadIdx.x & 127;
@@ -104,15 +104,13 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     const u32 x_to = shared_address(ring) + half * X_HALF;
     const u8* from = packed + (long(block0 + copier) * k_blocks + k0) * BLOCK_BYTES;
     if (activations) wait_for_previous();
-    int slot = 0;
-    u32 parity = 1;  // the first round of stages is free
-    for (int step = 0; step < steps; ++step) {
-      const u32 barrier = full + 8 * slot;
-      wait(empty + 8 * slot, parity);
+    RingStage<STAGES, STAGE_BYTES> stage{1};
+    for (int step = 0; step < steps; ++step, stage.advance()) {
+      const u32 barrier = full + 8 * stage.slot;
+      wait(empty + 8 * stage.slot, stage.parity);
       expect(barrier, bytes);
-      if (weight_bytes) copy_bulk(to + slot * STAGE_BYTES, from + long(step) * BLOCK_BYTES, BLOCK_BYTES, barrier);
-      if (activations) copy_tensor(x_to + slot * STAGE_BYTES, &x_map, (k0 + step) * 128 + half * 64, token0, barrier);
-      if (++slot == STAGES) slot = 0, parity ^= 1;
+      if (weight_bytes) copy_bulk(to + stage.at, from + long(step) * BLOCK_BYTES, BLOCK_BYTES, barrier);
+      if (activations) copy_tensor(x_to + stage.at, &x_map, (k0 + step) * 128 + half * 64, token0, barrier);
     }
   } else {
     take_registers<REGISTERS>();
@@ -122,34 +120,26 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     float acc[TOKENS / 2];
     u32 a[2][EACH][4];
     Packed packs[2];  // of a stage's halves
-    int slot = 0, before = 0;
-    u32 parity = 0, at = 0;  // of the stage, and how far it is from the first
+    RingStage<STAGES, STAGE_BYTES> stage{0};
+    int before = 0;
     wait(full, 0);
     packs[0].load(own, 0, 0);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const u64 x = descriptor(base + 1024 + at), own_at = at;
+      const u32 at = stage.at;
       const int done = before;
-      before = slot;
-      at += STAGE_BYTES;
-      if (++slot == STAGES) slot = 0, at = 0, parity ^= 1;
-#pragma unroll
-      for (int part = 0; part < 2 * PARTS; ++part) {
-        const int half = part / PARTS;
-        packs[half].dequantize(a[part % 2], part % PARTS);
-        if (part == 0) packs[1].load_second(own, own_at, packs[0]);
-        multiply_part(acc, a[part % 2], x + half * (X_HALF >> 4), part % PARTS, step || part);
-        if (part == PARTS && step + 1 < steps) {
-          wait(full + 8 * slot, parity);
-          packs[0].load(own, at, 0);
-        }
-        // The part before this one is done with its registers, and after a stage's first the stage before is free.
-        wait_for_products<1>();
-        if (part == 0 && step && lane == 0) arrive(empty + 8 * done);
-      }
+      before = stage.slot;
+      stage.advance();
+      multiply_stage(
+          acc, a, packs, own, at, descriptor(base + 1024 + at), step,
+          [&] { arrive_if(step && lane == 0, empty + 8 * done); }, [] {},
+          [&](Packed& pack) {
+            if (step + 1 == steps) return;
+            wait(full + 8 * stage.slot, stage.parity);
+            pack.load(own, stage.at, 0);
+          });
     }
     wait_for_products<0>();
-
     settle(acc);
     warpgroups_barrier<CONSUMERS>();  // the ring has served
 #if SPLIT > 1

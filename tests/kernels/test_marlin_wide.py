@@ -67,12 +67,19 @@ def test_how_products_are_cut(rows: int, columns: int, tokens: int, expected: tu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens", TILE_TOKENS)
 @pytest.mark.parametrize(
-    ("n", "k", "m"), [(4096, 4096, 512), (200, 520, 70), (128, 256, 300), (1000, 14336, 33)]
+    ("n", "k", "m", "split"),
+    [
+        (4096, 4096, 512, 2),
+        (200, 520, 70, 4),
+        (128, 256, 300, 2),
+        (300, 256, 90, 1),
+        (1000, 14336, 33, 8),  # more blocks than there are parts of a tile of 32 tokens
+    ],
 )
 def test_more_rows_change_no_bit(
-    n: int, k: int, m: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    n: int, k: int, m: int, split: int, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever adds the two parts of a sum: they are the same two numbers."""
+    """Parts of a sum are added first to last, whoever adds them; the same bits every time."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs compute capability 9.0")
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
@@ -84,11 +91,11 @@ def test_more_rows_change_no_bit(
         tiling = next(
             fitting
             for stages in (5, 4, 3, 2)
-            if (fitting := WideTiling(tokens, 2, stages, row_blocks)).shared_bytes(64) <= LIMIT
+            if (fitting := WideTiling(tokens, split, stages, row_blocks)).shared_bytes(64) <= LIMIT
         )
         monkeypatch.setattr(marlin_wide, "tile", lambda *_, tiling=tiling: tiling)
         marlin_wide.wide.cache_clear()
-        found.append(marlin_wide.multiply(x, packed, bias, n, 64, False))
+        found += [marlin_wide.multiply(x, packed, bias, n, 64, False) for _ in range(3)]
     marlin_wide.wide.cache_clear()
     assert all(torch.equal(other, found[0]) for other in found)
     weight = dequantize(codes, scales, torch.full_like(scales, 7), 64, torch.float64)
