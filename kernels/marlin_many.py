@@ -277,9 +277,9 @@ def _macros(tiling: ManyTiling, group: int, dtype: torch.dtype, bfloat16_scales:
     }
 
 
-def _launch_tokens(tokens: int) -> int:
+def _launch_tokens(tokens: int, tiling: ManyTiling | None = None) -> int:
     """The tokens that a launch is made for: it changes with tiles of tokens only."""
-    size = _tile_tokens(tokens)[0]
+    size = tiling.tokens if tiling else _tile_tokens(tokens)[0]
     return -(-tokens // size) * size
 
 
@@ -325,7 +325,7 @@ def multiply(
     rows = aligned(rows)
     tokens = rows.shape[0]
     row_blocks, columns = packed.shape[:2]
-    whole = _launch_tokens(tokens)
+    whole = _launch_tokens(tokens, tiling)
     launch = many(tiling, row_blocks, columns, whole, group, rows.dtype, bfloat16_scales, rows.device)
     out = rows.new_empty(tokens, n)
     parts = launch.parts.allocate(rows.device)

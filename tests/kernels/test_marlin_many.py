@@ -14,7 +14,7 @@ from torch import Tensor
 from awqc.kernels import marlin_layout as layout
 from awqc.kernels import nvrtc
 from awqc.kernels.cuda_launch import read_source
-from awqc.kernels.marlin_many import TILE_TOKENS, Shares, fitting, multiply, takes
+from awqc.kernels.marlin_many import TILE_TOKENS, Shares, _launch_tokens, fitting, multiply, takes
 from awqc.kernels.marlin_many import tile as cut
 from awqc.kernels.qlinear import dequantize
 from tests.kernels.on_host import COMPILER
@@ -195,6 +195,31 @@ def test_products(n: int, k: int, m: int, group: int, form: str, tokens: int, dt
     assert_near(found, x, dequantize(codes, scales, zeros, group, torch.float64), bias)
     for _ in range(3):
         assert torch.equal(multiply(x, packed, bias, n, group, False, tiling), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k", "m"), [(18944, 256, 20), (18944, 600, 50), (17100, 264, 128)])
+def test_a_last_round_of_tiles_is_shared(n: int, k: int, m: int) -> None:
+    """Where :func:`takes` says so, for fewer tokens than it is made for otherwise."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs compute capability 9.0")
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+    scales = (torch.rand(n, -(-k // 128), device="cuda") * 0.02 + 0.01).half()
+    zeros = torch.randint(0, 17, scales.shape, dtype=torch.uint8, device="cuda")
+    packed = layout.pack(codes, scales, zeros, 128)
+    assert takes(*packed.shape[:2], m, torch.cuda.get_device_properties(0).multi_processor_count)
+    x, bias = torch.randn(m, k, device="cuda").half(), torch.randn(n, device="cuda").half()
+    found = multiply(x, packed, bias, n, 128, False)
+    assert_near(found, x, dequantize(codes, scales, zeros, 128, torch.float64), bias)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 3), (64, 32), (224, 32), (296, 28)])
+def test_a_launch_serves_all_numbers_of_tokens_that_it_is_kept_for(rows: int, columns: int) -> None:
+    for tokens in range(1, 1100):
+        most = _launch_tokens(tokens)
+        tiling = cut(rows, columns, most, 128, 132, LIMIT)
+        assert tiling.tiles(rows, most) == tiling.tiles(rows, tokens)
 
 
 def assert_near(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
