@@ -100,11 +100,17 @@ def quick() -> list[Part]:
 
 
 def sanitized(tool: str) -> list[Part]:
-    """compute-sanitizer over a few small shapes of every kernel. Triton has one for many tokens that is no
-    choice for shapes so small: its tests run some."""
+    """compute-sanitizer over a few small shapes of every kernel. Those for many tokens are no choice for shapes
+    so small, or not in all their forms: their tests run some."""
     under = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "3")
     own_memory = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),) if tool == "memcheck" else ()
-    many = (*PYTEST, "tests/kernels/test_many_gluon.py", "-k", "reference and (200 or 384)")
+    many = {
+        "triton-many": ("tests/kernels/test_many_gluon.py", "-k", "reference and (200 or 384)"),
+        "marlin-many": (
+            *[f"tests/kernels/test_marlin_{name}.py" for name in ("many", "pair", "wide")],
+            *("-k", "(products or bit) and 200"),
+        ),
+    }
     parts = [
         Part(
             f"{tool}-{kernel}",
@@ -119,7 +125,10 @@ def sanitized(tool: str) -> list[Part]:
         )
         for kernel in ("marlin", "exllama", "triton", "experts")
     ]
-    return [*parts, Part(f"{tool}-triton-many", many, 150, tool=under, environment=own_memory)]
+    return parts + [
+        Part(f"{tool}-{name}", (*PYTEST, *tests), 150, tool=under, environment=own_memory)
+        for name, tests in many.items()
+    ]
 
 
 def long(model: str | None) -> list[Part]:

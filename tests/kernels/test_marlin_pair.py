@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from awqc.kernels import marlin_layout as layout
 from awqc.kernels import nvrtc
 from awqc.kernels.cuda_launch import read_source
-from awqc.kernels.marlin_pair import tile
+from awqc.kernels.marlin_pair import PairTiling, multiply, tile
 from awqc.kernels.marlin_wide import TILE_TOKENS
+from awqc.kernels.qlinear import dequantize
+from tests.kernels.test_marlin_many import assert_near
 
 LIMIT = 227 << 10
 
@@ -59,3 +63,25 @@ def test_the_kernel_compiles_without_spills_and_waits(tokens: int, bfloat16: int
         _, log = nvrtc.compile_with_log(read_source("marlin_pair.cu"), options, "marlin_pair.cu")
         assert "Potential Performance Loss" not in log
         assert "0 bytes spill stores" in log
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", TILE_TOKENS)
+@pytest.mark.parametrize(
+    ("n", "k", "m", "group"), [(4096, 4096, 128, 128), (200, 520, 70, 32), (65, 300, 33, 64)]
+)
+def test_products(n: int, k: int, m: int, group: int, tokens: int, dtype: torch.dtype) -> None:
+    """Against float64, with a bias and scales that differ much; the same bits every time."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs compute capability 9.0")
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(n, -(-k // group), device="cuda") * 0.02 + 0.01
+    scales = (scales * 2.0 ** torch.randint(-6, 6, scales.shape, device="cuda")).half()
+    zeros = torch.randint(0, 17, scales.shape, dtype=torch.uint8, device="cuda")
+    packed = layout.pack(codes, scales, zeros, group)
+    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    found = [multiply(PairTiling(tokens, 3), x, packed, bias, n, group, False) for _ in range(4)]
+    assert all(torch.equal(other, found[0]) for other in found)
+    assert_near(found[0], x, dequantize(codes, scales, zeros, group, torch.float64), bias)
