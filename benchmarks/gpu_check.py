@@ -100,8 +100,8 @@ def quick() -> list[Part]:
 
 
 def sanitized(tool: str) -> list[Part]:
-    """compute-sanitizer over a few small shapes of every kernel. Those for many tokens are no choice for shapes
-    so small, or not in all their forms: their tests run some."""
+    """compute-sanitizer over a few small shapes of every kernel. Those for many tokens are no choice for
+    shapes so small, or not in all their forms: their tests run some."""
     under = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "3")
     own_memory = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),) if tool == "memcheck" else ()
     many = {
