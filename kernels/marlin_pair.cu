@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         }
         // The part before this one is done with its registers, and after a stage's first the stage before is free.
         wait_for_products<1>();
-        if (part == 0 && step && lane == 0) arrive(empty + 8 * done);
+        if (part == 0) release_stage(empty + 8 * done, step);
       }
     }
     wait_for_products<0>();

@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       stage.advance();
       multiply_stage(
           acc, a, packs, own, at, descriptor(base + 1024 + at), step,
-          [&] { arrive_if(step && lane == 0, empty + 8 * done); }, [] {},
+          [&] { release_stage(empty + 8 * done, step); }, [] {},
           [&](Packed& pack) {
             if (step + 1 == steps) return;
             wait(full + 8 * stage.slot, stage.parity);

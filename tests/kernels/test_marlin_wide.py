@@ -71,6 +71,7 @@ def test_how_products_are_cut(rows: int, columns: int, tokens: int, expected: tu
     [
         (4096, 4096, 512, 2),
         (200, 520, 70, 4),
+        (200, 1160, 70, 1),
         (128, 256, 300, 2),
         (300, 256, 90, 1),
         (1000, 14336, 33, 8),  # more blocks than there are parts of a tile of 32 tokens
