@@ -19,12 +19,6 @@ struct RingStage {
   }
 };
 
-// One lane says for its warp that all of them are done with a stage, if it `is` the time to.
-__device__ __forceinline__ void release_stage(u32 empty, bool is = true) {
-  __syncwarp();
-  arrive_if(is && (threadIdx.x & 31) == 0, empty);
-}
-
 // Matrix descriptor of activations at `address`: rows of 128 bytes, swizzled by 128 bytes, groups of 8 rows 1024 apart.
 __device__ __forceinline__ u64 descriptor(u32 address) { return u64(64 | 1 << 30) << 32 | (address >> 4 | 1 << 16); }
 

@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       // The second half of the activations has a barrier of its own, so that the first can be multiplied before.
       init_barrier(full + 16 * i, COPIERS - 1);
       init_barrier(full + 16 * i + 8, 1);
-      init_barrier(empty + 8 * i, CONSUMERS / 32);
+      init_barrier(empty + 8 * i, CONSUMERS);
     }
     publish_barriers();
     fetch_map(&x_map);
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       stage.advance();
       multiply_stage(
           acc, a, packs, own, own_stage.at, descriptor(base + own_stage.at), step,
-          [&] { release_stage(empty + 8 * done, step); },
+          [&] { arrive_if(step, empty + 8 * done); },
           [&] { wait(full + 16 * own_stage.slot + 8, own_stage.parity); },
           [&](Packed& pack) {
             if (step + 1 == steps) return;
@@ -162,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     store<SUMS / 2>(acc, staged, y, bias, row0, token0 + rank * TOKENS / 2, tokens, n, group);
 #else
     if (piece.begin > 0) {
-      release_stage(empty + 8 * before);
+      arrive(empty + 8 * before);
       float4* to = partials + long(own_share) * (SUMS / 4 * CONSUMERS) + threadIdx.x;  // [block][quad][thread]
 #pragma unroll
       for (int q = 0; q < SUMS / 4; ++q) __stcg(to + q * CONSUMERS, quad(acc, q));
@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       for (int other = own_share; (other = shares.after(other, piece.tile));) {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
-          release_stage(empty + 8 * before);
+          arrive(empty + 8 * before);
           wait(full + 16 * stage.slot, stage.parity);
           wait(full + 16 * stage.slot + 8, stage.parity);
           const float4* sums = reinterpret_cast<const float4*>(ring + stage.at) + threadIdx.x;
@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     }
     warpgroups_barrier<CONSUMERS>();  // the last stage has served both
     store<SUMS>(acc, ring + before * STAGE_BYTES + group * X_HALF, y, bias, row0, token0, tokens, n, group);
-    release_stage(empty + 8 * before);
+    arrive(empty + 8 * before);
 #endif
   }
 }

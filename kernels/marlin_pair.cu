@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   if (threadIdx.x == CONSUMERS) {
     for (int i = 0; i < STAGES; ++i) {
       init_barrier(full + 8 * i, COPIERS);
-      init_barrier(empty + 8 * i, CONSUMERS / 32);
+      init_barrier(empty + 8 * i, CONSUMERS);
     }
     publish_barriers();
   }
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         }
         // The part before this one is done with its registers, and after a stage's first the stage before is free.
         wait_for_products<1>();
-        if (part == 0) release_stage(empty + 8 * done, step);
+        if (part == 0) arrive_if(step, empty + 8 * done);
       }
     }
     wait_for_products<0>();

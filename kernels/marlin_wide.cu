@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
   if (threadIdx.x == CONSUMERS) {
     for (int i = 0; i < STAGES; ++i) {
       init_barrier(full + 8 * i, COPIERS);
-      init_barrier(empty + 8 * i, CONSUMERS / 32);
+      init_barrier(empty + 8 * i, CONSUMERS);
     }
     publish_barriers();
   }
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       stage.advance();
       multiply_stage(
           acc, a, packs, own, at, descriptor(base + 1024 + at), step,
-          [&] { release_stage(empty + 8 * done, step); }, [] {},
+          [&] { arrive_if(step, empty + 8 * done); }, [] {},
           [&](Packed& pack) {
             if (step + 1 == steps) return;
             wait(full + 8 * stage.slot, stage.parity);
