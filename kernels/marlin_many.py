@@ -176,7 +176,7 @@ def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int
 
 @dataclass(frozen=True)
 class _Clocks:
-    """What things take for tiles of one size, in clocks of a processor of an H200 (docs/kernels.md, 39).
+    """What things take for tiles of one size, in clocks of a processor of an H200 (docs/kernels.md, 37).
 
     Args:
         step: 128 channels.
