@@ -20,7 +20,7 @@ from awqc.kernels.marlin_wide import TILE_TOKENS
 _THREADS = 384
 #: Bytes at the start of a block's shared memory: for its alignment, and for its barriers.
 _BARRIERS = 2048
-#: Blocks of 128 channels beyond which a second launch that joins sums costs less than 64-row tiles do.
+#: Blocks of 128 channels beyond which sharing them further costs less than tiles of 64 rows do.
 _MOST_COLUMNS = 64
 
 
@@ -55,8 +55,8 @@ def tile(
     """How to cut the product of a weight of ``row_blocks`` by ``columns`` blocks with ``tokens`` tokens; None
     where this kernel is not the one to take.
 
-    It is where its blocks are as many as the processors: on an H200 (docs/kernels.md) 8-35% faster then than
-    longer tiles whose channels are split further and joined by a second launch.
+    It is where its blocks are as many as the processors: on an H200 (docs/kernels.md) up to 16% faster then
+    than tiles of more rows, whose channels more blocks share.
 
     Args:
         processors: multiprocessors of the device.
