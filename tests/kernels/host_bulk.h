@@ -1,6 +1,6 @@
 // In the place of kernels/marlin_bulk.cuh on the host. Copies are there at once, in zeros for what a tensor map does not
-// have; barriers count arrivals and bytes, and a thread that waits lets others go on. Blocks run one after the other,
-// so that a flag that is waited for must be up. Clusters are not here.
+// have; barriers count arrivals and bytes, and a thread that waits lets others go on. Where blocks run one after the
+// other, a flag that is waited for must be up. Clusters are of two blocks.
 #include <cstdio>
 #include <map>
 
@@ -74,20 +74,51 @@ static void copy_tensor(u32 to, const TensorMap* map, int channel, int token, u3
   complete(barrier, map->box * 128);
 }
 
-static void raise(u64* flag, u64 tag) { *flag = tag; }
+static void raise(u64* flag, u64 tag) { __atomic_store_n(flag, tag, __ATOMIC_RELEASE); }
 static void await(u64* flag, u64 tag) {
-  if (*flag != tag) fail("waits for a block that comes later");
+  while (__atomic_load_n(flag, __ATOMIC_ACQUIRE) != tag) {
+    if (!peers) fail("waits for a block that comes later");
+    wait_for_others();
+  }
   *flag = 0;
 }
 
-static void store_transposed(u32 address, const u32 (&a)[4]) {
+// What threads of a cluster have in common; `size` of them arrive each time.
+struct Cluster {
+  unsigned size, arrived, generation;
+};
+static Cluster* clusters;  // for all processes
+static unsigned generations[MOST_THREADS];
+
+static void make_clusters(unsigned blocks, unsigned size) {
+  const size_t bytes = (blocks + 1) / 2 * sizeof(Cluster);
+  clusters = static_cast<Cluster*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  for (unsigned c = 0; c < (blocks + 1) / 2; ++c) clusters[c] = {size, 0, 0};
+}
+static void arrive_at_cluster() {
+  Cluster& own = clusters[blockIdx.x / 2];
+  generations[threadIdx.x] = __atomic_load_n(&own.generation, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(&own.arrived, 1, __ATOMIC_ACQ_REL) < own.size) return;
+  own.arrived = 0;
+  __atomic_add_fetch(&own.generation, 1, __ATOMIC_ACQ_REL);
+}
+static void wait_for_cluster() {
+  const Cluster& own = clusters[blockIdx.x / 2];
+  while (__atomic_load_n(&own.generation, __ATOMIC_ACQUIRE) == generations[threadIdx.x]) wait_for_others();
+}
+static void cluster_barrier() { arrive_at_cluster(), wait_for_cluster(); }
+static void store4_at_rank(float4* p, u32 rank, float4 value) {
+  const size_t at = reinterpret_cast<char*>(p) - reinterpret_cast<char*>(shared);
+  std::memcpy(peers + (blockIdx.x / 2 * 2 + rank) * sizeof shared + at, &value, 16);
+}
+
+template <int COUNT> static void store_transposed(u32 address, const u32 (&a)[COUNT]) {
   auto& own = shown[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
-  for (int i = 0; i < 4; ++i) own[lane][i] = a[i];
   own[lane][4] = address;
   __syncwarp();
   // Lane 4 r + t has columns 2 t and 2 t + 1 of row r of each matrix; row c of the transposed goes to address c.
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < COUNT; ++i)
     for (int j = 0; j < 2; ++j) {
       const u16 value = u16(a[i] >> 16 * j);
       const u32 to = own[8 * i + 2 * (lane % 4) + j][4] + 2 * (lane / 4);

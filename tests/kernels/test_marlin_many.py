@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from awqc.kernels import marlin_layout as layout
 from awqc.kernels import nvrtc
 from awqc.kernels.cuda_launch import read_source
 from awqc.kernels.marlin_many import TILE_TOKENS, Shares, _launch_tokens, fitting, multiply, takes
 from awqc.kernels.marlin_many import tile as cut
-from awqc.kernels.qlinear import dequantize
+from tests.kernels.marlin_problem import problem
 from tests.kernels.on_host import COMPILER
 
 LIMIT = 227 << 10
@@ -183,18 +181,11 @@ def test_products(n: int, k: int, m: int, group: int, form: str, tokens: int, dt
     tiling = fitting(tokens, form, group, LIMIT)
     if form == "cluster" and tiling.tiles(-(-n // 64), m) > 200:
         pytest.skip("clusters are for few tiles")
-    torch.manual_seed(0)
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
-    scales = torch.rand(n, -(-k // group), device="cuda") * 0.02 + 0.01
-    scales = (scales * 2.0 ** torch.randint(-6, 6, scales.shape, device="cuda")).half()
-    scales[torch.rand(scales.shape, device="cuda") < 0.05] = 0
-    zeros = torch.randint(0, 17, scales.shape, dtype=torch.uint8, device="cuda")
-    packed = layout.pack(codes, scales, zeros, group)
-    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
-    found = multiply(x, packed, bias, n, group, False, tiling)
-    assert_near(found, x, dequantize(codes, scales, zeros, group, torch.float64), bias)
+    of = problem(n, k, m, group, dtype, device="cuda")
+    found = multiply(of.x, of.packed, of.bias, n, group, False, tiling)
+    of.near(found)
     for _ in range(3):
-        assert torch.equal(multiply(x, packed, bias, n, group, False, tiling), found)
+        assert torch.equal(multiply(of.x, of.packed, of.bias, n, group, False, tiling), found)
 
 
 @pytest.mark.gpu
@@ -203,15 +194,10 @@ def test_a_last_round_of_tiles_is_shared(n: int, k: int, m: int) -> None:
     """Where :func:`takes` says so, for fewer tokens than it is made for otherwise."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs compute capability 9.0")
-    torch.manual_seed(0)
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
-    scales = (torch.rand(n, -(-k // 128), device="cuda") * 0.02 + 0.01).half()
-    zeros = torch.randint(0, 17, scales.shape, dtype=torch.uint8, device="cuda")
-    packed = layout.pack(codes, scales, zeros, 128)
-    assert takes(*packed.shape[:2], m, torch.cuda.get_device_properties(0).multi_processor_count)
-    x, bias = torch.randn(m, k, device="cuda").half(), torch.randn(n, device="cuda").half()
-    found = multiply(x, packed, bias, n, 128, False)
-    assert_near(found, x, dequantize(codes, scales, zeros, 128, torch.float64), bias)
+    of = problem(n, k, m, 128, torch.float16, device="cuda")
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    assert takes(-(-n // 64), -(-k // 128), m, processors)
+    of.near(multiply(of.x, of.packed, of.bias, n, 128, False))
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 3), (64, 32), (224, 32), (296, 28)])
@@ -220,15 +206,6 @@ def test_a_launch_serves_all_numbers_of_tokens_that_it_is_kept_for(rows: int, co
         most = _launch_tokens(tokens)
         tiling = cut(rows, columns, most, 128, 132, LIMIT)
         assert tiling.tiles(rows, most) == tiling.tiles(rows, tokens)
-
-
-def assert_near(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Weights and results are rounded once each, and sums are float32."""
-    want = x.double() @ weight.t() + bias.double()
-    eps, sums = torch.finfo(x.dtype).eps / 2, weight.shape[1] ** 0.5 * 2.0**-24
-    energy = (x.double().square() @ weight.square().t()).sqrt()
-    bound = (8 * eps + 80 * sums) * energy + 2 * eps * (want.abs() + bias.double().abs())
-    assert ((found.double() - want).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from awqc.kernels import marlin_layout as layout
 from awqc.kernels import nvrtc
 from awqc.kernels.cuda_launch import read_source
 from awqc.kernels.marlin_pair import PairTiling, multiply, tile
 from awqc.kernels.marlin_wide import TILE_TOKENS
-from awqc.kernels.qlinear import dequantize
-from tests.kernels.test_marlin_many import assert_near
+from tests.kernels.marlin_problem import problem
 
 LIMIT = 227 << 10
 
@@ -75,13 +73,7 @@ def test_products(n: int, k: int, m: int, group: int, tokens: int, dtype: torch.
     """Against float64, with a bias and scales that differ much; the same bits every time."""
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs compute capability 9.0")
-    torch.manual_seed(0)
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
-    scales = torch.rand(n, -(-k // group), device="cuda") * 0.02 + 0.01
-    scales = (scales * 2.0 ** torch.randint(-6, 6, scales.shape, device="cuda")).half()
-    zeros = torch.randint(0, 17, scales.shape, dtype=torch.uint8, device="cuda")
-    packed = layout.pack(codes, scales, zeros, group)
-    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
-    found = [multiply(PairTiling(tokens, 3), x, packed, bias, n, group, False) for _ in range(4)]
+    of = problem(n, k, m, group, dtype, device="cuda")
+    found = [multiply(PairTiling(tokens, 3), of.x, of.packed, of.bias, n, group, False) for _ in range(4)]
     assert all(torch.equal(other, found[0]) for other in found)
-    assert_near(found[0], x, dequantize(codes, scales, zeros, group, torch.float64), bias)
+    of.near(found[0])
