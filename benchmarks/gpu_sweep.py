@@ -95,7 +95,7 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
     """Tilings of ``marlin_wide.cu``, ``marlin_pair.cu`` and ``marlin_many.cu``; the first is what ships."""
     rows, columns = -(-n // 64), -(-k // 128)
     found: dict[Any, None] = {}
-    cut = (marlin_many if marlin_many.takes(rows, m, 132) else marlin_wide).tile
+    cut = (marlin_many if marlin_many.takes(rows, columns, m, 132) else marlin_wide).tile
     shipped = marlin_pair.tile(rows, columns, m, GROUP, 132, LIMIT)
     found[shipped or cut(rows, columns, m, GROUP, 132, LIMIT)] = None
     if m >= 128:
@@ -121,8 +121,8 @@ def wides(n: int, k: int, m: int) -> list[Candidate]:
 
 
 def manies(rows: int, m: int) -> Iterator[marlin_many.ManyTiling]:
-    """Tilings of ``marlin_many.cu`` for a weight of ``rows`` blocks of 64 rows."""
-    for tokens, form in product(reversed(marlin_many.TILE_TOKENS), ("whole", "shared", "cluster")):
+    """Tilings of ``marlin_many.cu`` for a weight of ``rows`` blocks of 64 rows, the two largest sizes."""
+    for tokens, form in product(reversed(marlin_many.TILE_TOKENS[-2:]), ("whole", "shared", "cluster")):
         tiling = marlin_many.fitting(tokens, form, GROUP, LIMIT)
         if form != "cluster" or 2 * tiling.tiles(rows, m) <= 132:
             yield tiling

@@ -121,3 +121,20 @@ for name in ("triton", "experts"):
 def test_random_shapes_share_machine_code_when_asked() -> None:
     pytest.importorskip("triton")
     uninterpreted.run("-c", ALIKE)
+
+
+def test_what_a_sweep_tries_begins_with_what_ships() -> None:
+    """In a process of its own: the script's neighbour is named as a folder of this project is."""
+    command = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import gpu_sweep
+for n, k in gpu_sweep.SHAPES:
+    for kernel in ("marlin", "wide", "wide-bf16"):
+        for m in gpu_sweep.TOKENS[kernel]:
+            found = gpu_sweep.CANDIDATES[kernel](n, k, m)
+            assert len(set(found)) == len(found) > 1, (n, k, m)
+            print(n, k, m, type(found[0].config).__name__)
+"""
+    lines = set(uninterpreted.run("-c", command, str(BENCHMARKS)).splitlines())
+    assert {"4096 4096 128 PairTiling", "14336 4096 128 WideTiling", "4096 4096 512 ManyTiling"} <= lines
