@@ -74,8 +74,8 @@ __device__ __forceinline__ void fetch_map(const TensorMap* map) {
 // What this thread wrote to shared memory is in order with the copies that others issue when they hear of it.
 __device__ __forceinline__ void hand_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// The same of global memory, for who wrote it and for who copies it when it has heard of that.
-__device__ __forceinline__ void hand_on_to_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+// The same of global memory: called by those who wrote it, and by who copies it once it has heard of that.
+__device__ __forceinline__ void hand_global_to_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // A box of a matrix, from column `channel` and row `token` on.
 __device__ __forceinline__ void copy_tensor(u32 to, const TensorMap* map, int channel, int token, u32 barrier) {

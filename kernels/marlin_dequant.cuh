@@ -53,7 +53,8 @@ struct Packed {
 #else
       scales[g] = from_floats(scale_to_float(u16(scale)), scale_to_float(u16(scale >> 16)));
 #endif
-      // base + z, put together from its bits as base + q is.
+      // base + z, put together from its bits as base + q is. The upper rows' zero point is the upper byte of `zero`; in
+      // float16 its last bit goes to bit 18 of the pair, and that of the lower rows to bit 6.
 #if BF16
       offsets[g] = 0x42004200u + ((zero | zero << 8) & 0xFF00FFu) * 4;
 #else

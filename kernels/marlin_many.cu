@@ -7,7 +7,7 @@
 // adds them in their order, copied through its ring. A raised flag is `tag`, a number of 63 random bits, so nothing has
 // to be cleared before; who waited for it clears it. Blocks that are waited for have smaller numbers, and so begin
 // earlier. With CLUSTER blocks are two to a tile and a cluster, and each adds up half of the tokens in shared memory.
-// Macros: those of marlin_block.cuh, TOKENS (128 or 256), STAGES, CLUSTER.
+// Macros: those of marlin_block.cuh, TOKENS (32, 64, 128 or 256), STAGES, CLUSTER.
 #include "marlin_block.cuh"
 #include "marlin_bulk.cuh"
 #include "marlin_share.cuh"
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       for (int other = own_share; (other = shares.after(other, piece.tile));) {
         if (copier >= 2) {
           for (int group = 0; group < 2; ++group) await(flags + other * 4 + half * 2 + group, tag);
-          hand_on_to_copies();
+          hand_global_to_copies();
         }
         for (int part = 0; part < 2; ++part, stage.advance()) {
           const u32 barrier = full + 16 * stage.slot + (copier == 3 ? 8 : 0);
@@ -166,8 +166,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
       float4* to = partials + long(own_share) * (SUMS / 4 * CONSUMERS) + threadIdx.x;  // [block][quad][thread]
 #pragma unroll
       for (int q = 0; q < SUMS / 4; ++q) __stcg(to + q * CONSUMERS, quad(acc, q));
-      hand_on_to_copies();
+      hand_global_to_copies();
       warpgroup_barrier(group);
+      // [block][thread that copies][warpgroup]
       if ((threadIdx.x & 127) < 2) raise(flags + own_share * 4 + (threadIdx.x & 127) * 2 + group, tag);
       continue;
     }

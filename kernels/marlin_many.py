@@ -26,6 +26,8 @@ _ROW_BLOCKS = 2
 _FLAGS = 4
 #: Tokens of a tile.
 TILE_TOKENS = (32, 64, 128, 256)
+#: Tokens up to which ``marlin_wide.cu`` has a tile for all.
+_WIDE_TOKENS = 128
 #: Bytes for the alignment of a block's shared memory.
 _ALIGNMENT = 1024
 #: Blocks of a weight that the L2 cache holds.
@@ -143,7 +145,7 @@ def fitting(tokens: int, form: str, group: int, limit: int) -> ManyTiling:
 def takes(row_blocks: int, columns: int, tokens: int, processors: int) -> bool:
     """Whether this kernel is the one for a weight of ``row_blocks`` by ``columns`` blocks and ``tokens``
     tokens: beyond 128 of them, and below where sharing the last of several rounds of tiles saves time."""
-    if tokens > 128:
+    if tokens > _WIDE_TOKENS:
         return True
     if -(-row_blocks // _ROW_BLOCKS) <= processors:
         return False
@@ -155,7 +157,7 @@ def takes(row_blocks: int, columns: int, tokens: int, processors: int) -> bool:
 
 def _tile_tokens(tokens: int) -> tuple[int, ...]:
     """Tiles that may be best for ``tokens`` tokens: the smallest that has them all, or the largest two."""
-    return next(((size,) for size in TILE_TOKENS if tokens <= size <= 128), TILE_TOKENS[-2:])
+    return next(((size,) for size in TILE_TOKENS if tokens <= size <= _WIDE_TOKENS), TILE_TOKENS[-2:])
 
 
 def tile(row_blocks: int, columns: int, tokens: int, group: int, processors: int, limit: int) -> ManyTiling:
@@ -202,7 +204,7 @@ _CLOCKS = {
 
 
 def _cost(tiling: ManyTiling, row_blocks: int, columns: int, tokens: int, processors: int) -> float:
-    """Clocks of a processor."""
+    """Clocks from the first block's start to the last one's end, as far as tilings differ in them."""
     tiles, of = tiling.tiles(row_blocks, tokens), _CLOCKS[tiling.tokens]
     whole = of.step * columns + of.store
     if tiling.form == "whole":

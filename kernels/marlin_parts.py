@@ -34,6 +34,6 @@ class Parts:
         return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
     def arguments(self, memory: Tensor) -> tuple[int, int, int]:
-        """What a kernel takes: where the sums lie, where the flags lie, and :data:`TAG`."""
+        """What a kernel takes: addresses of the sums and of the flags in ``memory``, and :data:`TAG`."""
         address = memory.data_ptr()
         return address, address + self.sums, TAG

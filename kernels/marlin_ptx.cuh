@@ -77,7 +77,7 @@ __device__ __forceinline__ u32 upper_twice(u32 pair) {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 
-// What lies at `address`, and what was there when the last barrier was passed.
+// 2, 4 or 16 bytes of shared memory, read behind the barrier that is passed in front of this.
 __device__ __forceinline__ u32 load_shared2(u32 address) {
   u16 out;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(out) : "r"(address) : "memory");

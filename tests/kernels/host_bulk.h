@@ -61,7 +61,7 @@ struct alignas(64) TensorMap {
 };
 static void fetch_map(const TensorMap*) {}
 static void hand_to_copies() {}
-static void hand_on_to_copies() {}
+static void hand_global_to_copies() {}
 static void copy_tensor(u32 to, const TensorMap* map, int channel, int token, u32 barrier) {
   if (to % 1024) fail("what is swizzled by 128 bytes lies at multiples of 1024");
   for (int row = 0; row < map->box; ++row)

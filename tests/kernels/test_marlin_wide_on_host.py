@@ -7,47 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from awqc.kernels import marlin_wide
-from awqc.kernels.aligned import aligned
 from awqc.kernels.marlin_wide import WideTiling
-from tests.kernels.marlin_problem import Problem, problem
-from tests.kernels.on_host import COMPILER, Memory, compiled
+from tests.kernels.marlin_on_host import multiply_on_host
+from tests.kernels.marlin_problem import problem
+from tests.kernels.on_host import COMPILER
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-ENTRY = """
-extern "C" int run_wide(unsigned blocks, const u16* x, int width, u16* y, const u8* packed, const u16* bias,
-    float4* partials, u64* flags, int tokens, int n, int row_blocks, int k_blocks) {
-  const TensorMap map = {x, width, tokens, TOKENS};
-  const int token_tiles = (tokens + TOKENS - 1) / TOKENS;
-  return launch_together(blocks, CONSUMERS + 128, [=] {
-    wide(map, y, packed, bias, partials, flags, 77, tokens, n, row_blocks, k_blocks, token_tiles);
-  });
-}
-"""
-
-
-def multiply_on_host(tiling: WideTiling, of: Problem, group: int) -> Tensor:
-    """As ``marlin_wide.multiply`` does; flags are found to be cleared."""
-    macros = marlin_wide._macros(tiling, group, of.x.dtype, False)
-    kernels = compiled("marlin_wide.cu", ENTRY, "unsigned char", **macros)
-    x = aligned(of.x)
-    tokens, n = x.shape[0], of.weight.shape[0]
-    row_blocks, columns = of.packed.shape[:2]
-    parts = tiling.parts(row_blocks, tokens)
-    flags = Memory(kernels, torch.zeros(parts.flags, dtype=torch.int64))
-    partials = Memory(kernels, torch.full((parts.sums // 4,), torch.nan))
-    out = Memory(kernels, torch.full((tokens, n), torch.nan, dtype=x.dtype))
-    kept = [Memory(kernels, tensor) for tensor in (x, of.packed, of.bias)]
-    failed = kernels.run_wide(
-        *(tiling.blocks(row_blocks, tokens), kept[0].pointer, x.shape[1]),
-        *(out.pointer, kept[1].pointer, kept[2].pointer, partials.pointer, flags.pointer),
-        *(tokens, n, row_blocks, columns),
-    )
-    assert not failed
-    assert not flags.read().any()
-    return out.read()
+CALL = "wide(x_map, y, packed, bias, partials, flags, tag, tokens, n, row_blocks, k_blocks, token_tiles)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -67,4 +35,7 @@ def test_products(
     n: int, k: int, m: int, group: int, tokens: int, split: int, row_blocks: int, dtype: torch.dtype
 ) -> None:
     of = problem(n, k, m, group, dtype, bias=n % 8 > 0)
-    of.near(multiply_on_host(WideTiling(tokens, split, 3, row_blocks), of, group))
+    tiling = WideTiling(tokens, split, 3, row_blocks)
+    macros = marlin_wide._macros(tiling, group, dtype, False)
+    blocks, parts = tiling.blocks(of.packed.shape[0], m), tiling.parts(of.packed.shape[0], m)
+    of.near(multiply_on_host("marlin_wide.cu", CALL, macros, of, blocks, together=True, parts=parts))
